@@ -1,0 +1,35 @@
+"""The one kind of error that a user is meant to read.
+
+Every message is a plain sentence that names the field or file, what was found, what is legal,
+and, where a name was misspelt, the nearest right one.
+"""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class AssayError(Exception):
+    """A mistake in the input, told in one sentence. The command exits with status 2."""
+
+
+def did_you_mean(name: str, legal: Iterable[str], *, limit: int = 12) -> str:
+    """Ends an error sentence: the nearest legal names, or the legal ones where none is near.
+
+    Returns `"did you mean 'a' or 'b'?"` or `"legal are: a, b, c."`, never an empty string.
+    """
+    legal = list(legal)
+    near = get_close_matches(str(name), legal, n=2, cutoff=0.6)
+    if near:
+        return "did you mean " + " or ".join(f"'{n}'" for n in near) + "?"
+    if not legal:
+        return "nothing is legal here."
+    shown = ", ".join(legal[:limit])
+    return f"legal are: {shown}{', …' if len(legal) > limit else ''}."
+
+
+def need_extra(package: str, extra: str, purpose: str) -> AssayError:
+    """The error for an optional package that is not installed."""
+    return AssayError(
+        f"{purpose} needs the package '{package}', which is not installed: "
+        f"pip install 'assay[{extra}]'."
+    )

@@ -1,0 +1,181 @@
+"""What every spec is: frozen data that refuses what it does not know, and says why plainly."""
+
+from collections.abc import Mapping
+from typing import Any, Self, get_args
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from assay.errors import AssayError, did_you_mean
+
+
+class _PlainErrors(type(BaseModel)):
+    """Construction by a caller (not pydantic's own, of nested parts) raises AssayError."""
+
+    def __call__(cls, *args: Any, **fields: Any) -> Any:
+        try:
+            return super().__call__(*args, **fields)
+        except ValidationError as error:
+            raise AssayError(_sentence(error, cls)) from None
+
+
+class Spec(BaseModel, metaclass=_PlainErrors):
+    """Frozen, hashable, JSON both ways; unknown fields are refused with the nearest right name.
+
+    Raises:
+        AssayError: on construction, if a field is unknown, missing, or out of its range.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Self:
+        """The spec that `to_json` wrote."""
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            raise AssayError(_sentence(error, cls)) from None
+
+    @classmethod
+    def from_data(cls, data: Mapping[str, Any]) -> Self:
+        """The spec of a plain nested dict, as `model_dump` gives it."""
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            raise AssayError(_sentence(error, cls)) from None
+
+    def to_json(self, indent: int | None = 2) -> str:
+        return self.model_dump_json(indent=indent)
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with some fields changed, validated as if it were new."""
+        return type(self)(
+            **{name: getattr(self, name) for name in type(self).model_fields} | changes
+        )
+
+    def at(self, path: str, value: Any) -> Self:
+        """A copy with the field at a dotted path changed, `decoder.pattern.0.attention.heads`.
+
+        `*` stands for every entry of a list. Changing `kind` of a variant keeps the fields that
+        the new kind also has.
+
+        Raises:
+            AssayError: if the path does not exist (the nearest right ones are named), or if the
+                value is not legal there.
+        """
+        data = self.model_dump(mode="json")
+        _assign(self, data, path.split("."), value, path)
+        return type(self).from_data(data)
+
+
+def _assign(spec: Any, data: Any, parts: list[str], value: Any, path: str) -> None:
+    head, rest = parts[0], parts[1:]
+    if isinstance(data, list):
+        if head != "*" and not (head.isdigit() and int(head) < len(data)):
+            legal = [*map(str, range(len(data))), "*"]
+            raise AssayError(f"{path}: '{head}' is not in the list; {did_you_mean(head, legal)}")
+        for i in range(len(data)) if head == "*" else [int(head)]:
+            if rest:
+                _assign(spec[i], data[i], rest, value, path)
+            else:
+                data[i] = value
+        return
+    if not isinstance(data, dict):
+        where = path.removesuffix("." + ".".join(parts))
+        raise AssayError(f"{path}: {where} is {data!r} and has no fields; set it as a whole.")
+    if head not in data:
+        near = [p for p in all_paths(spec) if p.split(".")[-1] == parts[-1]]
+        known = did_you_mean(head, [*data])
+        also = f" ('{parts[-1]}' is at {', '.join(near[:3])} below it.)" if near else ""
+        raise AssayError(f"{path}: there is no field '{head}'; {known}{also}")
+    if rest:
+        _assign(getattr(spec, head), data[head], rest, value, path)
+    elif head == "kind" and data["kind"] != value:
+        data.clear()  # another kind has other fields: it starts from its own defaults
+        data["kind"] = value
+    elif isinstance(value, str) and isinstance(data[head], dict) and "kind" in data[head]:
+        data[head] = {"kind": value}
+    else:
+        data[head] = value
+
+
+def all_paths(spec: Any, prefix: str = "") -> list[str]:
+    """Every dotted path of a spec's leaves and inner nodes, in order."""
+    if isinstance(spec, BaseModel):
+        items = [(name, getattr(spec, name)) for name in type(spec).model_fields]
+    elif isinstance(spec, tuple):
+        items = [(str(i), entry) for i, entry in enumerate(spec)]
+    else:
+        return []
+    paths = []
+    for name, value in items:
+        paths.append(prefix + name)
+        paths.extend(all_paths(value, f"{prefix}{name}."))
+    return paths
+
+
+def _sentence(error: ValidationError, cls: type[BaseModel]) -> str:
+    """The first complaint of a ValidationError, as a sentence."""
+    first = error.errors()[0]
+    path, owner = _walk(cls, first["loc"], first["type"])
+    field = path or cls.__name__
+    found = first["input"]
+    match first["type"]:
+        case "extra_forbidden":
+            name = str(first["loc"][-1])
+            return f"{field}: there is no such field; {did_you_mean(name, owner.model_fields)}"
+        case "missing":
+            return f"{field}: this field is required."
+        case "union_tag_invalid":
+            tags = [tag.strip(" '") for tag in first["ctx"]["expected_tags"].split(",")]
+            tag = first["ctx"]["tag"]
+            return f"{field}.kind: found '{tag}'; {did_you_mean(tag, tags)}"
+        case "literal_error":
+            legal = first["ctx"]["expected"].replace(" or ", ", ").replace("'", "").split(", ")
+            return f"{field}: found {found!r}; {did_you_mean(str(found), legal)}"
+        case "value_error" | "assertion_error":
+            message = str(first["ctx"]["error"])
+            names_a_field = message.split(":")[0].split(".")[0] in owner.model_fields
+            return f"{path}{'.' if names_a_field else ': '}{message}" if path else message
+    message = first["msg"][0].lower() + first["msg"][1:]
+    return f"{field}: found {found!r}, but {message}."
+
+
+def _walk(
+    cls: type[BaseModel], loc: tuple[str | int, ...], kind: str
+) -> tuple[str, type[BaseModel]]:
+    """The dotted path of a pydantic location, and the class that holds its last field.
+
+    Pydantic puts the names of union members into a location; a user knows fields and indices.
+    """
+    owners, path = [cls], []
+    for i, part in enumerate(loc):
+        if isinstance(part, int):
+            path.append(str(part))
+            continue
+        tagged = [c for c in owners if "kind" in c.model_fields and _default_kind(c) == part]
+        if tagged:
+            owners = tagged
+            continue
+        unknown = i == len(loc) - 1 and kind == "extra_forbidden"
+        if not unknown and not any(part in owner.model_fields for owner in owners):
+            continue
+        path.append(part)
+        inner = [
+            member
+            for owner in owners
+            if part in owner.model_fields
+            for member in _models_in(owner.model_fields[part].annotation)
+        ]
+        if inner and (i < len(loc) - 1 or kind == "value_error"):
+            owners = inner
+    return ".".join(path), owners[0]
+
+
+def _default_kind(cls: type[BaseModel]) -> Any:
+    return cls.model_fields["kind"].default
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [member for argument in get_args(annotation) for member in _models_in(argument)]

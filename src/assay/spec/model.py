@@ -1,0 +1,385 @@
+"""What an architecture IS: frozen data, no JAX.
+
+A model is an embedding, a stack of blocks, and a head. Block i of a stack is
+`pattern[i % len(pattern)]`, so a plain stack, alternating kinds of layers, and local/global
+patterns are one mechanism. How a model is run (dtype, scan, mesh) is not here but in `run.py`.
+
+Widths: D = `d_model`, H = `heads`, K = `kv_heads`, C = `head_dim`, F = `hidden`, V = vocabulary.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+
+from assay.spec.base import Spec
+
+Probability = Annotated[float, Field(ge=0, lt=1)]
+
+
+# ---------------------------------------------------------------------------- positions
+
+
+class LinearScaling(Spec):
+    """Position interpolation: angles divided by `factor` (Chen et al., arXiv:2306.15595)."""
+
+    kind: Literal["linear"] = "linear"
+    factor: PositiveFloat
+
+
+class Llama3Scaling(Spec):
+    """Llama 3.1's scaling: long wavelengths divided by `factor`, short ones kept.
+
+    Source: Llama 3 (arXiv:2407.21783) and its reference code.
+    """
+
+    kind: Literal["llama3"] = "llama3"
+    factor: PositiveFloat = 8.0
+    low_freq_factor: PositiveFloat = 1.0
+    high_freq_factor: PositiveFloat = 4.0
+    original_context: PositiveInt = 8192
+
+    @model_validator(mode="after")
+    def _band(self):
+        if self.high_freq_factor <= self.low_freq_factor:
+            raise ValueError(
+                f"high_freq_factor: found {self.high_freq_factor}, which must be more than "
+                f"low_freq_factor ({self.low_freq_factor})."
+            )
+        return self
+
+
+class YarnScaling(Spec):
+    """YaRN (Peng et al., arXiv:2309.00071): interpolate by wavelength, and sharpen the softmax.
+
+    `attention_factor` multiplies the rotated queries and keys; None is YaRN's own
+    0.1 ln(factor) + 1.
+    """
+
+    kind: Literal["yarn"] = "yarn"
+    factor: Annotated[float, Field(ge=1)]
+    original_context: PositiveInt
+    beta_fast: PositiveFloat = 32.0
+    beta_slow: PositiveFloat = 1.0
+    attention_factor: PositiveFloat | None = None
+
+
+RopeScaling = Annotated[LinearScaling | Llama3Scaling | YarnScaling, Field(discriminator="kind")]
+
+
+class NoPositions(Spec):
+    """Nothing here: order comes from the causal mask alone, or from the other place."""
+
+    kind: Literal["none"] = "none"
+
+
+class LearnedPositions(Spec):
+    """A trained vector for each of `context` positions, added to the embedding."""
+
+    kind: Literal["learned"] = "learned"
+
+
+class SinusoidalPositions(Spec):
+    """Fixed sines and cosines, interleaved as in Vaswani et al. (arXiv:1706.03762), section 3.5."""
+
+    kind: Literal["sinusoidal"] = "sinusoidal"
+    theta: PositiveFloat = 10_000.0
+
+
+class Rope(Spec):
+    """Rotary positions (Su et al., arXiv:2104.09864), the two halves of a head rotated together."""
+
+    kind: Literal["rope"] = "rope"
+    theta: PositiveFloat = 10_000.0
+    scaling: RopeScaling | None = None
+
+
+EmbeddingPositions = Annotated[
+    NoPositions | LearnedPositions | SinusoidalPositions, Field(discriminator="kind")
+]
+AttentionPositions = Annotated[NoPositions | Rope, Field(discriminator="kind")]
+
+
+# ---------------------------------------------------------------------------- norms
+
+
+class LayerNorm(Spec):
+    """Ba et al. (arXiv:1607.06450)."""
+
+    kind: Literal["layernorm"] = "layernorm"
+    epsilon: PositiveFloat = 1e-5
+    scale: bool = True
+    bias: bool = True
+
+
+class RmsNorm(Spec):
+    """Zhang and Sennrich (arXiv:1910.07467)."""
+
+    kind: Literal["rmsnorm"] = "rmsnorm"
+    epsilon: PositiveFloat = 1e-5
+    scale: bool = True
+
+
+NormSpec = Annotated[LayerNorm | RmsNorm, Field(discriminator="kind")]
+
+
+# ---------------------------------------------------------------------------- initialisation
+
+
+class NormalInit(Spec):
+    """N(0, std)."""
+
+    kind: Literal["normal"] = "normal"
+    std: PositiveFloat = 0.02
+
+
+class TruncatedNormalInit(Spec):
+    """N(0, std), redrawn beyond `bound` standard deviations."""
+
+    kind: Literal["truncated_normal"] = "truncated_normal"
+    std: PositiveFloat = 0.02
+    bound: PositiveFloat = 3.0
+
+
+class XavierInit(Spec):
+    """Variance 2 / (fan_in + fan_out) (Glorot and Bengio, 2010)."""
+
+    kind: Literal["xavier"] = "xavier"
+    distribution: Literal["uniform", "normal"] = "uniform"
+
+
+class FanInInit(Spec):
+    """Variance gain^2 / fan_in: LeCun's at gain 1, He's at gain sqrt(2)."""
+
+    kind: Literal["fan_in"] = "fan_in"
+    gain: PositiveFloat = 1.0
+    distribution: Literal["uniform", "normal"] = "normal"
+
+
+class ZeroInit(Spec):
+    """All zeros."""
+
+    kind: Literal["zero"] = "zero"
+
+
+WeightInit = Annotated[
+    NormalInit | TruncatedNormalInit | XavierInit | FanInInit | ZeroInit,
+    Field(discriminator="kind"),
+]
+
+
+class InitSpec(Spec):
+    """How parameters begin. Biases are 0 and norm scales 1, always.
+
+    `residual` is for the projections that write into the residual stream: as the other
+    `weights`; scaled by 1/sqrt(2 x layers) (GPT-2); or zero, so that every block begins as
+    the identity.
+    """
+
+    weights: WeightInit = NormalInit()
+    residual: Literal["same", "depth_scaled", "zero"] = "depth_scaled"
+    embedding: WeightInit = NormalInit()
+    head: WeightInit | None = None  # None: as `weights`
+
+    def head_init(self) -> WeightInit:
+        return self.weights if self.head is None else self.head
+
+
+# ---------------------------------------------------------------------------- block parts
+
+
+class QkNorm(Spec):
+    """Norm of queries and keys before the rotation (Henry et al., arXiv:2010.04245).
+
+    `over` each head's C features with one scale for all heads (Qwen3), or the whole
+    projection of H x C (OLMoE).
+    """
+
+    norm: NormSpec = RmsNorm(epsilon=1e-6)
+    over: Literal["head", "projection"] = "head"
+
+
+class AttentionSpec(Spec):
+    """Scaled dot-product attention; `kv_heads` = heads, 1, or between: MHA, MQA, GQA.
+
+    `head_dim` None is d_model / heads. `scale` None is 1 / sqrt(head_dim). `window` W lets a
+    query see itself and the W - 1 tokens before it. `softcap` c bounds scores to c tanh(s / c)
+    (Gemma 2, arXiv:2408.00118). `dropout` falls on the attention weights.
+    """
+
+    heads: PositiveInt
+    kv_heads: PositiveInt | None = None
+    head_dim: PositiveInt | None = None
+    positions: AttentionPositions = NoPositions()
+    qkv_bias: bool = False
+    out_bias: bool = False
+    qk_norm: QkNorm | None = None
+    scale: PositiveFloat | None = None
+    softcap: PositiveFloat | None = None
+    window: PositiveInt | None = None
+    dropout: Probability = 0.0
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.kv_heads or self.heads
+
+    def width(self, d_model: int) -> int:
+        """C, the width of one head."""
+        return self.head_dim or d_model // self.heads
+
+    @model_validator(mode="after")
+    def _groups(self):
+        if self.heads % self.num_kv_heads:
+            raise ValueError(
+                f"kv_heads: found {self.kv_heads}, which must divide heads ({self.heads})."
+            )
+        return self
+
+
+Activation = Literal["gelu", "gelu_tanh", "silu", "relu", "relu_squared", "sigmoid"]
+
+
+class MlpSpec(Spec):
+    """Position-wise feed-forward; gated, it is the GLU family (Shazeer, arXiv:2002.05202).
+
+    `hidden` is one width or several: (2d, 4d) is d -> 2d -> 4d -> d, activated in between.
+    `bias` is on every linear layer inside.
+    """
+
+    kind: Literal["mlp"] = "mlp"
+    hidden: PositiveInt | tuple[PositiveInt, ...]
+    activation: Activation = "gelu"
+    gated: bool = False
+    bias: bool = False
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        return self.hidden if isinstance(self.hidden, tuple) else (self.hidden,)
+
+    @model_validator(mode="after")
+    def _shape(self):
+        if not self.widths:
+            raise ValueError("hidden: found an empty list; give one width or several.")
+        if self.gated and len(self.widths) > 1:
+            raise ValueError("hidden: a gated MLP has one hidden width, not several.")
+        return self
+
+
+FeedForward = Annotated[MlpSpec, Field()]
+
+
+class BlockSpec(Spec):
+    """One layer: attention, then feed-forward, each with its residual.
+
+    `norm_position`: pre, x + f(norm(x)); post, norm(x + f(x)) (2017); both,
+    x + norm(f(norm(x))) (Gemma 2). `dropout` falls on each part's output.
+    """
+
+    attention: AttentionSpec | None
+    feed_forward: FeedForward | None
+    norm: NormSpec = RmsNorm()
+    norm_position: Literal["pre", "post", "both"] = "pre"
+    dropout: Probability = 0.0
+
+    @model_validator(mode="after")
+    def _not_empty(self):
+        if self.attention is None and self.feed_forward is None:
+            raise ValueError("a block needs attention, feed_forward, or both; found neither.")
+        return self
+
+
+class StackSpec(Spec):
+    """`num_layers` blocks; block i is `pattern[i % len(pattern)]`."""
+
+    pattern: tuple[BlockSpec, ...]
+    num_layers: Annotated[int, Field(ge=0)]
+    final_norm: NormSpec | None = None
+    causal: bool = True
+
+    @model_validator(mode="after")
+    def _covered(self):
+        if self.num_layers and not self.pattern:
+            raise ValueError("pattern: found no block for the layers; give at least one.")
+        if len(self.pattern) > self.num_layers:
+            raise ValueError(
+                f"pattern: found {len(self.pattern)} blocks, but num_layers is "
+                f"{self.num_layers}: the last ones would never be used."
+            )
+        return self
+
+    def blocks(self) -> tuple[BlockSpec, ...]:
+        """The block of every layer, in order."""
+        return tuple(self.pattern[i % len(self.pattern)] for i in range(self.num_layers))
+
+
+class EmbeddingSpec(Spec):
+    """Tokens to vectors. `scale_by_sqrt_width` multiplies them by sqrt(D) (2017)."""
+
+    positions: EmbeddingPositions = NoPositions()
+    scale_by_sqrt_width: bool = False
+    norm: NormSpec | None = None
+    dropout: Probability = 0.0
+
+
+class HeadSpec(Spec):
+    """Vectors to logits. `tied` uses the embedding's table; `softcap` as in Gemma 2."""
+
+    tied: bool = True
+    bias: bool = False
+    softcap: PositiveFloat | None = None
+
+
+class TransformerSpec(Spec):
+    """A whole architecture.
+
+    `vocab_size` counts the tokens that logits are given for; tables have it rounded up to
+    `vocab_multiple`. `context` is the length it is made for: the rows of a learned position
+    table, and the default length of training sequences. `head` None makes the embedding's row
+    the logits (a bigram table), and `d_model` is then the vocabulary.
+    """
+
+    vocab_size: PositiveInt
+    d_model: PositiveInt
+    context: PositiveInt
+    decoder: StackSpec
+    embedding: EmbeddingSpec = EmbeddingSpec()
+    head: HeadSpec | None = HeadSpec()
+    init: InitSpec = InitSpec()
+    vocab_multiple: PositiveInt = 1
+
+    @property
+    def padded_vocab(self) -> int:
+        """Rows of the token tables."""
+        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+    def with_vocab(self, vocab_size: int) -> "TransformerSpec":
+        """The same architecture over another vocabulary."""
+        if self.head is None:
+            return self.replace(vocab_size=vocab_size, d_model=vocab_size)
+        return self.replace(vocab_size=vocab_size)
+
+    @model_validator(mode="after")
+    def _fits(self):
+        if self.head is None and (self.d_model != self.vocab_size or self.vocab_multiple != 1):
+            raise ValueError(
+                f"d_model: found {self.d_model}; without a head the embedding's row is the "
+                f"logits, so d_model must be vocab_size ({self.vocab_size}) and "
+                f"vocab_multiple 1."
+            )
+        if self.embedding.positions.kind == "sinusoidal" and self.d_model % 2:
+            raise ValueError(f"d_model: found {self.d_model}; sinusoidal positions need it even.")
+        for i, block in enumerate(self.decoder.pattern):
+            attention = block.attention
+            if attention is None:
+                continue
+            where = f"decoder.pattern.{i}.attention"
+            if attention.head_dim is None and self.d_model % attention.heads:
+                raise ValueError(
+                    f"{where}.heads: found {attention.heads}, which must divide d_model "
+                    f"({self.d_model}), or head_dim must be given."
+                )
+            if attention.positions.kind == "rope" and attention.width(self.d_model) % 2:
+                raise ValueError(
+                    f"{where}.head_dim: found {attention.width(self.d_model)}; "
+                    f"rotary positions need it even."
+                )
+        return self

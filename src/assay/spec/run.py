@@ -1,0 +1,266 @@
+"""What a run IS: data, optimizer, schedule, budget, and how the arithmetic is carried out."""
+
+from typing import Annotated, Literal
+
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
+
+from assay.spec.base import Spec
+from assay.spec.model import TransformerSpec
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+# ---------------------------------------------------------------------------- data
+
+
+class ByteTokenizerSpec(Spec):
+    """UTF-8 bytes, and one id that ends a document: 257 tokens."""
+
+    kind: Literal["byte"] = "byte"
+
+
+class CharTokenizerSpec(Spec):
+    """One token a character of the training text, one for unseen ones, one document end."""
+
+    kind: Literal["char"] = "char"
+
+
+class BpeTokenizerSpec(Spec):
+    """Byte-level BPE, trained on the training part of the corpus."""
+
+    kind: Literal["bpe"] = "bpe"
+    vocab_size: Annotated[int, Field(ge=257)] = 4096
+
+
+class FileTokenizerSpec(Spec):
+    """A Hugging Face `tokenizer.json`, or a folder that holds one."""
+
+    kind: Literal["file"] = "file"
+    path: str
+
+
+TokenizerSpec = Annotated[
+    ByteTokenizerSpec | CharTokenizerSpec | BpeTokenizerSpec | FileTokenizerSpec,
+    Field(discriminator="kind"),
+]
+
+
+class SourceSpec(Spec):
+    """A corpus (a name or a path) and its share of the training tokens, relative to the others."""
+
+    corpus: str
+    weight: PositiveFloat = 1.0
+
+
+class DataSpec(Spec):
+    """Text to batches.
+
+    `packing`: stream cuts windows of `seq_len` from the documents laid end to end; documents
+    packs whole documents into rows and lets none see another. `batch_size` is the global number
+    of sequences an update. `held_out` is the last part of each corpus, cut before any shuffling.
+    """
+
+    sources: tuple[SourceSpec, ...] = (SourceSpec(corpus="python-docs"),)
+    tokenizer: TokenizerSpec = ByteTokenizerSpec()
+    seq_len: PositiveInt = 256
+    batch_size: PositiveInt = 16
+    packing: Literal["stream", "documents"] = "stream"
+    held_out: Annotated[float, Field(gt=0, lt=1)] = 0.1
+
+    @model_validator(mode="after")
+    def _some(self):
+        if not self.sources:
+            raise ValueError("sources: found none; name at least one corpus.")
+        return self
+
+
+# ---------------------------------------------------------------------------- optimizer
+
+
+class AdamWSpec(Spec):
+    """Loshchilov and Hutter (arXiv:1711.05101). Weight decay falls on matrices only."""
+
+    kind: Literal["adamw"] = "adamw"
+    lr: PositiveFloat = 1e-3
+    b1: Fraction = 0.9
+    b2: Fraction = 0.95
+    epsilon: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.1
+    clip: PositiveFloat | None = 1.0
+
+
+class MuonSpec(Spec):
+    """Muon for the blocks' matrices, AdamW at `adam_lr` for tables, vectors and the head.
+
+    Source: Jordan et al. (2024), kellerjordan.github.io/posts/muon.
+    """
+
+    kind: Literal["muon"] = "muon"
+    lr: PositiveFloat = 0.02
+    momentum: Fraction = 0.95
+    nesterov: bool = True
+    ns_steps: PositiveInt = 5
+    weight_decay: NonNegativeFloat = 0.0
+    adam_lr: PositiveFloat = 3e-3
+    b1: Fraction = 0.9
+    b2: Fraction = 0.95
+    epsilon: PositiveFloat = 1e-8
+    clip: PositiveFloat | None = 1.0
+
+
+class SgdSpec(Spec):
+    """Stochastic gradient descent, with momentum where it is over 0."""
+
+    kind: Literal["sgd"] = "sgd"
+    lr: PositiveFloat = 0.1
+    momentum: Fraction = 0.0
+    weight_decay: NonNegativeFloat = 0.0
+    clip: PositiveFloat | None = None
+
+
+OptimizerSpec = Annotated[AdamWSpec | MuonSpec | SgdSpec, Field(discriminator="kind")]
+
+
+# A schedule gives the factor on the learning rate, of the step and of the share of the budget
+# spent. Warm-up is in steps; what follows is in shares of the budget, so that a budget of seconds
+# decays to its end as one of steps does.
+
+
+class ConstantSchedule(Spec):
+    """1 after the warm-up."""
+
+    kind: Literal["constant"] = "constant"
+    warmup: NonNegativeInt = 0
+
+
+class CosineSchedule(Spec):
+    """From 1 down to `floor` along half a cosine."""
+
+    kind: Literal["cosine"] = "cosine"
+    warmup: NonNegativeInt = 20
+    floor: Fraction = 0.1
+
+
+class LinearSchedule(Spec):
+    """From 1 down to `floor` along a line."""
+
+    kind: Literal["linear"] = "linear"
+    warmup: NonNegativeInt = 20
+    floor: Fraction = 0.0
+
+
+class WsdSchedule(Spec):
+    """Warm-up, stable, decay (Hu et al., arXiv:2404.06395): 1, then linear to `floor`.
+
+    `decay` is the last share of the budget.
+    """
+
+    kind: Literal["wsd"] = "wsd"
+    warmup: NonNegativeInt = 20
+    decay: Annotated[float, Field(gt=0, le=1)] = 0.2
+    floor: Fraction = 0.0
+
+
+class InverseSqrtSchedule(Spec):
+    """sqrt(warmup / step) after the warm-up (Vaswani et al., arXiv:1706.03762)."""
+
+    kind: Literal["inverse_sqrt"] = "inverse_sqrt"
+    warmup: PositiveInt = 100
+
+
+ScheduleSpec = Annotated[
+    ConstantSchedule | CosineSchedule | LinearSchedule | WsdSchedule | InverseSqrtSchedule,
+    Field(discriminator="kind"),
+]
+
+
+# ---------------------------------------------------------------------------- training
+
+
+class BudgetSpec(Spec):
+    """How long to train. Steps are optimizer updates; seconds do not count compilation."""
+
+    unit: Literal["steps", "tokens", "flops", "seconds"] = "steps"
+    amount: PositiveFloat = 1000
+
+
+class TrainSpec(Spec):
+    """The loop. `accumulate` splits a batch into so many parts, one gradient step in all."""
+
+    budget: BudgetSpec = BudgetSpec()
+    accumulate: PositiveInt = 1
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    z_loss: NonNegativeFloat = 0.0
+    log_every: Annotated[int, Field(ge=1, le=10)] = 10
+    eval_every: PositiveInt | None = None
+    checkpoint_every: PositiveInt | None = None
+    target_loss: PositiveFloat | None = None
+
+
+class ComputeSpec(Spec):
+    """How the arithmetic is done; never part of the architecture or of a checkpoint.
+
+    Parameters are float32 always; `dtype` is that of the products and the residual stream.
+    `scan_layers` compiles one period of the stack instead of every layer. `remat` recomputes
+    blocks in the backward pass. `kernels`: auto picks the fast form for the device that JAX
+    runs on; plain is autodiff of the plain formula.
+    """
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    scan_layers: bool = False
+    remat: Literal["none", "block"] = "none"
+    kernels: Literal["auto", "plain", "cpu"] = "auto"
+
+
+class MeshSpec(Spec):
+    """Devices along each axis; 1 everywhere is one device."""
+
+    data: PositiveInt = 1
+    fsdp: PositiveInt = 1
+    tensor: PositiveInt = 1
+
+    @property
+    def devices(self) -> int:
+        return self.data * self.fsdp * self.tensor
+
+
+class RunSpec(Spec):
+    """Everything that decides what a run computes. `run.json` holds it."""
+
+    model: TransformerSpec
+    preset: str | None = None
+    data: DataSpec = DataSpec()
+    optimizer: OptimizerSpec = AdamWSpec()
+    schedule: ScheduleSpec = CosineSchedule()
+    train: TrainSpec = TrainSpec()
+    compute: ComputeSpec = ComputeSpec()
+    mesh: MeshSpec = MeshSpec()
+    seed: NonNegativeInt = 0
+
+    @model_validator(mode="after")
+    def _fits(self):
+        batch, parts = self.data.batch_size, self.train.accumulate
+        if batch % parts:
+            raise ValueError(
+                f"train.accumulate: found {parts}, which must divide data.batch_size ({batch})."
+            )
+        shards = self.mesh.data * self.mesh.fsdp
+        if (batch // parts) % shards:
+            raise ValueError(
+                f"mesh: data x fsdp is {shards}, which must divide the "
+                f"{batch // parts} sequences of one pass (data.batch_size / train.accumulate)."
+            )
+        if self.model.embedding.positions.kind == "learned" and (
+            self.data.seq_len > self.model.context
+        ):
+            raise ValueError(
+                f"data.seq_len: found {self.data.seq_len}, but the learned positions end at "
+                f"model.context ({self.model.context})."
+            )
+        return self
