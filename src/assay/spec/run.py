@@ -45,8 +45,19 @@ class FileTokenizerSpec(Spec):
     path: str
 
 
+class IdsTokenizerSpec(Spec):
+    """Only a vocabulary's size: for token shards whose tokenizer is not at hand."""
+
+    kind: Literal["ids"] = "ids"
+    vocab_size: PositiveInt = 50257
+
+
 TokenizerSpec = Annotated[
-    ByteTokenizerSpec | CharTokenizerSpec | BpeTokenizerSpec | FileTokenizerSpec,
+    ByteTokenizerSpec
+    | CharTokenizerSpec
+    | BpeTokenizerSpec
+    | FileTokenizerSpec
+    | IdsTokenizerSpec,
     Field(discriminator="kind"),
 ]
 
