@@ -1,0 +1,69 @@
+"""The key-value cache: arrays of fixed size, so that decoding never recompiles.
+
+Slot s of a row holds the key and value of the token at position s. `lengths` counts the valid
+slots of each row; what lies behind is never read, because a query only sees slots up to its own
+position.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
+
+from assay.spec.model import TransformerSpec
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class LayerCache:
+    """Keys and values of one layer, and the number of valid slots in each row."""
+
+    keys: Float[Array, "b s k c"]
+    values: Float[Array, "b s k c"]
+    lengths: Int32[Array, "b"]
+
+    def append(self, keys: Float[Array, "b t k c"], values: Float[Array, "b t k c"]):
+        """The cache with T more tokens in each row; the caller sees to it that there is room."""
+        write = jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice(row, new, (at, 0, 0)))
+        return LayerCache(
+            write(self.keys, keys.astype(self.keys.dtype), self.lengths),
+            write(self.values, values.astype(self.values.dtype), self.lengths),
+            self.lengths + keys.shape[1],
+        )
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Cache:
+    """The caches of all layers (None where a layer has no attention)."""
+
+    layers: tuple[LayerCache | None, ...]
+    lengths: Int32[Array, "b"]
+
+    @property
+    def capacity(self) -> int | None:
+        """Slots a row; None where no layer keeps any."""
+        return next((layer.keys.shape[1] for layer in self.layers if layer), None)
+
+    def with_lengths(self, lengths: Int32[Array, "b"]) -> "Cache":
+        """The same slots, of which others are valid: prompts of different lengths, padded."""
+        layers = tuple(
+            layer and LayerCache(layer.keys, layer.values, lengths) for layer in self.layers
+        )
+        return Cache(layers, lengths)
+
+
+def empty_cache(
+    spec: TransformerSpec, batch: int, capacity: int, dtype: jnp.dtype | str = jnp.float32
+) -> Cache:
+    """A cache with no tokens in it, for `batch` rows of at most `capacity` tokens."""
+    lengths = jnp.zeros((batch,), jnp.int32)
+
+    def layer(attention) -> LayerCache | None:
+        if attention is None:
+            return None
+        shape = (batch, capacity, attention.num_kv_heads, attention.width(spec.d_model))
+        return LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), lengths)
+
+    return Cache(tuple(layer(block.attention) for block in spec.decoder.blocks()), lengths)

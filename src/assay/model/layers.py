@@ -1,0 +1,221 @@
+"""Linear layers, activations, norms, feed-forward, dropout.
+
+Axes: B batch, T tokens, K fan-in, N fan-out, D model, F hidden.
+
+Every matrix product with a weight is `product`, so that how it is written is decided once. On a
+CPU the backward products are written out: what autodiff makes of them costs up to three times as
+much there (docs/performance.md). The results are the same.
+"""
+
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Key
+
+from assay.model.sharding import constant_parameter, parameter
+from assay.spec.model import Activation, MlpSpec, NormSpec, WeightInit
+from assay.spec.run import ComputeSpec
+
+# ---------------------------------------------------------------------------- products
+
+
+def use_cpu_kernels(compute: ComputeSpec) -> bool:
+    """Whether the forms that suit XLA's CPU backend are to be used."""
+    return compute.kernels == "cpu" or (
+        compute.kernels == "auto" and jax.default_backend() == "cpu"
+    )
+
+
+def product(x: Float[Array, "*b k"], w: Float[Array, "..."], *, transposed=False, cpu=False):
+    """x @ w, or x @ w.T for a `transposed` (N, K) weight; (..., K) -> (..., N), in x's dtype."""
+    w = w.astype(x.dtype)
+    if cpu:
+        return _cpu_product(x, w, transposed)
+    return jnp.einsum("...k,nk->...n" if transposed else "...k,kn->...n", x, w)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _cpu_product(x, w, transposed):
+    return jnp.einsum("...k,nk->...n" if transposed else "...k,kn->...n", x, w)
+
+
+def _cpu_product_forward(x, w, transposed):
+    return _cpu_product(x, w, transposed), (x, w)
+
+
+def _cpu_product_backward(transposed, saved, g):
+    x, w = saved
+    # The barrier keeps the producer of g (an activation's derivative) out of both products,
+    # where XLA would fuse it into a slow loop.
+    g = jax.lax.optimization_barrier(g)
+    batch = "bcdefgh"[: x.ndim - 1]
+    if transposed:
+        dx = jnp.einsum("...n,nk->...k", g, w)
+        dw = jnp.einsum(f"{batch}n,{batch}k->nk", g, x)
+    else:
+        dx = jnp.einsum("...n,kn->...k", g, w)
+        dw = jnp.einsum(f"{batch}k,{batch}n->kn", x, g)
+    return dx, dw
+
+
+_cpu_product.defvjp(_cpu_product_forward, _cpu_product_backward)
+
+
+class Linear(nnx.Module):
+    """y = x w + b, (..., K) -> (..., N)."""
+
+    def __init__(
+        self,
+        key: Key[Array, ""],
+        fan_in: int,
+        fan_out: int,
+        *,
+        axes: tuple[str | None, str | None],
+        init: WeightInit,
+        bias: bool,
+        compute: ComputeSpec,
+        scale: float = 1.0,
+    ):
+        self.w = parameter(key, (fan_in, fan_out), axes, init, scale=scale)
+        self.b = constant_parameter((fan_out,), (axes[1],), 0.0) if bias else None
+        self.cpu = use_cpu_kernels(compute)
+
+    def __call__(self, x: Float[Array, "*b k"]) -> Float[Array, "*b n"]:
+        y = product(x, self.w[...], cpu=self.cpu)
+        return y if self.b is None else y + self.b[...].astype(x.dtype)
+
+
+# ---------------------------------------------------------------------------- activations
+
+
+def _relu_squared(x):
+    return jnp.square(jax.nn.relu(x))
+
+
+ACTIVATIONS = {
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": partial(jax.nn.gelu, approximate=True),
+    "silu": jax.nn.silu,
+    "relu": jax.nn.relu,
+    "relu_squared": _relu_squared,
+    "sigmoid": jax.nn.sigmoid,
+}
+
+
+def activate(x: Float[Array, "..."], activation: Activation, *, cpu=False) -> Float[Array, "..."]:
+    """The activation and its derivative, both in float32, rounded once at the end."""
+    return _cpu_activate(x, activation) if cpu else _activate(x, activation)
+
+
+def _activate(x, activation):
+    return ACTIVATIONS[activation](x.astype(jnp.float32)).astype(x.dtype)
+
+
+_cpu_activate = jax.custom_vjp(_activate, nondiff_argnums=(1,))
+
+
+def _cpu_activate_forward(x, activation):
+    return _activate(x, activation), x  # nothing is kept but x: the rest is cheap to do again
+
+
+def _cpu_activate_backward(activation, x, g):
+    _, pullback = jax.vjp(ACTIVATIONS[activation], x.astype(jnp.float32))
+    (dx,) = pullback(g.astype(jnp.float32))
+    return (dx.astype(x.dtype),)
+
+
+_cpu_activate.defvjp(_cpu_activate_forward, _cpu_activate_backward)
+
+
+# ---------------------------------------------------------------------------- norms
+
+
+class Norm(nnx.Module):
+    """LayerNorm or RMSNorm over the last axis, in float32 whatever the dtype around it."""
+
+    def __init__(self, width: int, spec: NormSpec):
+        self.centred = spec.kind == "layernorm"
+        self.epsilon = spec.epsilon
+        self.scale = constant_parameter((width,), (None,), 1.0) if spec.scale else None
+        has_bias = spec.kind == "layernorm" and spec.bias
+        self.bias = constant_parameter((width,), (None,), 0.0) if has_bias else None
+
+    def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+        y = x.astype(jnp.float32)
+        if self.centred:
+            y = y - jnp.mean(y, axis=-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.epsilon)
+        if self.scale is not None:
+            y = y * self.scale[...]
+        if self.bias is not None:
+            y = y + self.bias[...]
+        return y.astype(x.dtype)
+
+
+# ---------------------------------------------------------------------------- dropout
+
+
+def dropout(x: Float[Array, "..."], rate: float, key: Key[Array, ""] | None) -> Float[Array, "..."]:
+    """Zeroes a share `rate` of x and scales the rest to keep its mean; nothing without a key."""
+    if key is None or rate == 0.0:
+        return x
+    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+    return jnp.where(keep, x / (1.0 - rate), jnp.zeros((), x.dtype))
+
+
+# ---------------------------------------------------------------------------- feed-forward
+
+
+class Mlp(nnx.Module):
+    """d -> hidden (-> hidden ...) -> d, activated in between; gated, act(x gate) * (x up)."""
+
+    def __init__(
+        self,
+        key: Key[Array, ""],
+        d_model: int,
+        spec: MlpSpec,
+        *,
+        init: WeightInit,
+        residual_init: WeightInit,
+        residual_scale: float,
+        compute: ComputeSpec,
+    ):
+        self.activation = spec.activation
+        self.cpu = use_cpu_kernels(compute)
+        widths = (d_model, *spec.widths)
+        keys = jax.random.split(key, len(widths) + 1)
+        shared = {"bias": spec.bias, "compute": compute}
+        self.up = nnx.List(
+            Linear(k, i, o, axes=("embed" if n == 0 else None, "mlp"), init=init, **shared)
+            for n, (k, i, o) in enumerate(zip(keys[2:], widths[:-1], widths[1:], strict=True))
+        )
+        self.gate = (
+            Linear(keys[1], d_model, widths[1], axes=("embed", "mlp"), init=init, **shared)
+            if spec.gated
+            else None
+        )
+        self.down = Linear(
+            keys[0],
+            widths[-1],
+            d_model,
+            axes=("mlp", "embed"),
+            init=residual_init,
+            scale=residual_scale,
+            **shared,
+        )
+
+    def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+        if self.gate is not None:
+            gate = activate(self.gate(x), self.activation, cpu=self.cpu)
+            return self.down(gate * self.up[0](x))
+        for up in self.up:
+            x = activate(up(x), self.activation, cpu=self.cpu)
+        return self.down(x)
+
+
+def depth_scale(num_layers: int) -> float:
+    """GPT-2's factor for projections into the residual stream, two a layer."""
+    return 1.0 / math.sqrt(2 * max(num_layers, 1))

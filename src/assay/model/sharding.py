@@ -1,0 +1,133 @@
+"""The one place where a parameter is made, and the one table from logical names to mesh axes.
+
+Every parameter is declared once, with its shape, the logical name of each axis, and how it
+begins. A sharding strategy is then a table of names, `RULES`, and the model never mentions it.
+"""
+
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float32, Key
+
+from assay.errors import AssayError
+from assay.spec.model import WeightInit
+from assay.spec.run import MeshSpec
+
+MESH_AXES = ("data", "fsdp", "tensor")
+
+RULES: dict[str, tuple[str, ...]] = {
+    # parameters
+    "embed": ("fsdp",),
+    "vocab": ("tensor",),
+    "mlp": ("tensor",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    # activations
+    "batch": ("data", "fsdp"),
+}
+"""Logical axis -> mesh axes. A name that is not here is not split."""
+
+
+def parameter(
+    key: Key[Array, ""],
+    shape: Sequence[int],
+    axes: Sequence[str | None],
+    init: WeightInit,
+    *,
+    scale: float = 1.0,
+) -> nnx.Param:
+    """A float32 parameter. `axes` names each axis; (fan_in, fan_out) are the last two.
+
+    `scale` multiplies the initial values (GPT-2's depth scaling).
+    """
+    assert len(shape) == len(axes)
+    return nnx.Param(scale * initial_values(key, tuple(shape), init), axes=tuple(axes))
+
+
+def constant_parameter(shape: Sequence[int], axes: Sequence[str | None], value: float) -> nnx.Param:
+    """A float32 parameter that begins at one value: biases at 0, norm scales at 1."""
+    return nnx.Param(jnp.full(tuple(shape), value, jnp.float32), axes=tuple(axes))
+
+
+def initial_values(
+    key: Key[Array, ""], shape: tuple[int, ...], init: WeightInit
+) -> Float32[Array, "..."]:
+    """Initial values of one matrix, (..., fan_in, fan_out)."""
+    fan_in, fan_out = shape[-2], shape[-1]
+    match init.kind:
+        case "zero":
+            return jnp.zeros(shape, jnp.float32)
+        case "normal":
+            return init.std * jax.random.normal(key, shape, jnp.float32)
+        case "truncated_normal":
+            bound = init.bound
+            return init.std * jax.random.truncated_normal(key, -bound, bound, shape, jnp.float32)
+        case "xavier":
+            std = math.sqrt(2 / (fan_in + fan_out))
+        case "fan_in":
+            std = init.gain / math.sqrt(fan_in)
+    if init.distribution == "uniform":
+        limit = std * math.sqrt(3)
+        return jax.random.uniform(key, shape, jnp.float32, -limit, limit)
+    return std * jax.random.normal(key, shape, jnp.float32)
+
+
+# ---------------------------------------------------------------------------- meshes
+
+
+def make_mesh(spec: MeshSpec) -> Mesh | None:
+    """The mesh over the first devices; None where the spec asks for one device only.
+
+    Raises:
+        AssayError: if there are fewer devices than the mesh needs.
+    """
+    if spec.devices == 1:
+        return None
+    found = jax.device_count()
+    if spec.devices > found:
+        raise AssayError(
+            f"mesh: data={spec.data}, fsdp={spec.fsdp}, tensor={spec.tensor} needs "
+            f"{spec.devices} devices; found {found} ({jax.default_backend()})."
+        )
+    shape = tuple(getattr(spec, axis) for axis in MESH_AXES)
+    kinds = (jax.sharding.AxisType.Auto,) * len(shape)
+    return jax.make_mesh(shape, MESH_AXES, axis_types=kinds, devices=jax.devices()[: spec.devices])
+
+
+def partition(axes: Sequence[str | None]) -> P:
+    """The mesh axes of an array whose axes have these logical names."""
+    return P(*(RULES.get(name) if name else None for name in axes))
+
+
+def parameter_shardings(model: nnx.Module, mesh: Mesh):
+    """A NamedSharding for every parameter of a (possibly abstract) model, as a pure dict.
+
+    Raises:
+        AssayError: if an axis does not divide, naming the parameter, its size and the mesh axis.
+    """
+    shardings = {}
+    for path, param in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        shape, axes = param.shape, param.axes
+        axes = (None,) * (len(shape) - len(axes)) + axes  # stacked layers have one more in front
+        for size, name in zip(shape, axes, strict=True):
+            ways = math.prod(mesh.shape[axis] for axis in RULES.get(name, ()))
+            if size % ways:
+                where = ".".join(map(str, path))
+                raise AssayError(
+                    f"mesh: {'x'.join(RULES[name])}={ways} does not divide the {size} of axis "
+                    f"'{name}' of {where} {tuple(shape)}."
+                )
+        shardings[path] = NamedSharding(mesh, partition(axes))
+    return nnx.traversals.unflatten_mapping(shardings)
+
+
+def constrain(x: Array, *axes: str | None) -> Array:
+    """Pins an activation's sharding inside jit, where a mesh is set; elsewhere nothing."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, partition(axes))

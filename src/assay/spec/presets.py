@@ -1,0 +1,352 @@
+"""The named architectures: one registry, and a variant is a small diff of another.
+
+Each names its source. A preset is an architecture with a default run; flags win over it.
+"""
+
+from dataclasses import dataclass
+
+from assay.errors import AssayError, did_you_mean
+from assay.spec.model import (
+    AttentionSpec,
+    BlockSpec,
+    EmbeddingSpec,
+    HeadSpec,
+    InitSpec,
+    LayerNorm,
+    LearnedPositions,
+    MlpSpec,
+    NoPositions,
+    QkNorm,
+    RmsNorm,
+    Rope,
+    StackSpec,
+    TransformerSpec,
+    ZeroInit,
+)
+from assay.spec.run import (
+    AdamWSpec,
+    BpeTokenizerSpec,
+    BudgetSpec,
+    CharTokenizerSpec,
+    ComputeSpec,
+    CosineSchedule,
+    DataSpec,
+    LinearSchedule,
+    MuonSpec,
+    RunSpec,
+    TrainSpec,
+)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A named architecture: `family` groups the list, `source` says where it is from."""
+
+    name: str
+    family: str
+    source: str
+    run: RunSpec
+
+    @property
+    def model(self) -> TransformerSpec:
+        return self.run.model
+
+
+PRESETS: dict[str, Preset] = {}
+
+
+def get(name: str) -> Preset:
+    """The preset of that name.
+
+    Raises:
+        AssayError: if there is none; the nearest names are given.
+    """
+    if name not in PRESETS:
+        raise AssayError(f"'{name}' is not a preset; {did_you_mean(name, PRESETS)}")
+    return PRESETS[name]
+
+
+def register(
+    name: str, family: str, source: str, model: TransformerSpec, run: RunSpec | None = None
+) -> TransformerSpec:
+    """Adds a preset; its model is returned, to be the base of the next."""
+    if run is None:
+        run = RunSpec(model=model, data=DataSpec(seq_len=min(model.context, 256)))
+    PRESETS[name] = Preset(name, family, source, run.replace(model=model, preset=name))
+    return model
+
+
+def vary(model: TransformerSpec, *, block=None, stack=None, **fields) -> TransformerSpec:
+    """The model with a small difference: in every `block`, in the `stack`, in its own `fields`.
+
+    A dict in `block` changes fields of the part that is there; anything else replaces the part.
+    """
+
+    def changed(old: BlockSpec) -> BlockSpec:
+        parts = {
+            name: getattr(old, name).replace(**value) if isinstance(value, dict) else value
+            for name, value in (block or {}).items()
+        }
+        return old.replace(**parts)
+
+    pattern = tuple(changed(old) for old in model.decoder.pattern)
+    decoder = model.decoder.replace(pattern=pattern, **(stack or {}))
+    return model.replace(decoder=decoder, **fields)
+
+
+# ---------------------------------------------------------------------------- GPT-2 and its line
+
+GPT2_PAPER = "Radford et al. 2019; counts as released"
+JAXPT = "JaxPT"
+
+gpt2 = TransformerSpec(
+    vocab_size=50257,
+    d_model=768,
+    context=1024,
+    embedding=EmbeddingSpec(positions=LearnedPositions()),
+    decoder=StackSpec(
+        num_layers=12,
+        pattern=(
+            BlockSpec(
+                norm=LayerNorm(),
+                attention=AttentionSpec(heads=12, qkv_bias=True, out_bias=True),
+                feed_forward=MlpSpec(hidden=3072, activation="gelu_tanh", bias=True),
+            ),
+        ),
+        final_norm=LayerNorm(),
+    ),
+)
+
+
+def gpt2_sized(layers: int, width: int, heads: int) -> TransformerSpec:
+    return vary(
+        gpt2,
+        d_model=width,
+        stack={"num_layers": layers},
+        block={"attention": {"heads": heads}, "feed_forward": {"hidden": 4 * width}},
+    )
+
+
+register("gpt2", "gpt2", GPT2_PAPER, gpt2)
+register("gpt2-medium", "gpt2", GPT2_PAPER, gpt2_sized(24, 1024, 16))
+register("gpt2-large", "gpt2", GPT2_PAPER, gpt2_sized(36, 1280, 20))
+register("gpt2-xl", "gpt2", GPT2_PAPER, gpt2_sized(48, 1600, 25))
+register("vgpt", "gpt2", JAXPT, gpt2)
+
+no_positions = EmbeddingSpec(positions=NoPositions())
+rope = Rope(theta=10_000.0)
+swiglu = {"gated": True, "activation": "silu", "bias": False}
+no_bias = {"qkv_bias": False, "out_bias": False}
+
+gpt = gpt2.replace(vocab_size=50304)
+nope_gpt = vary(gpt, embedding=no_positions, block={"feed_forward": {"activation": "relu"}})
+glu_gpt = vary(gpt, block={"feed_forward": swiglu})
+rope_gpt = vary(gpt, embedding=no_positions, block={"attention": {"positions": rope}})
+glu_rope_gpt = vary(rope_gpt, block={"feed_forward": swiglu})
+gqa_gpt = vary(gpt, d_model=576, block={"attention": {"heads": 9, "kv_heads": 3, **no_bias}})
+gqa_glu_rope_gpt = vary(glu_rope_gpt, block={"attention": {"kv_heads": 4, **no_bias}})
+
+register("gpt", "jaxpt", JAXPT, gpt)
+register("nope-gpt", "jaxpt", f"{JAXPT} (ReLU, as its README says)", nope_gpt)
+register("glu-gpt", "jaxpt", JAXPT, glu_gpt)
+register("rope-gpt", "jaxpt", JAXPT, rope_gpt)
+register("glu-rope-gpt", "jaxpt", JAXPT, glu_rope_gpt)
+register("gqa-gpt", "jaxpt", JAXPT, gqa_gpt)
+register("gqa-glu-rope-gpt", "jaxpt", JAXPT, gqa_glu_rope_gpt)
+
+# ---------------------------------------------------------------------------- Llama and its line
+
+llama_3_8b = TransformerSpec(
+    vocab_size=128256,
+    d_model=4096,
+    context=8192,
+    decoder=StackSpec(
+        num_layers=32,
+        pattern=(
+            BlockSpec(
+                norm=RmsNorm(epsilon=1e-5),
+                attention=AttentionSpec(heads=32, kv_heads=8, positions=Rope(theta=500_000.0)),
+                feed_forward=MlpSpec(hidden=14336, activation="silu", gated=True),
+            ),
+        ),
+        final_norm=RmsNorm(epsilon=1e-5),
+    ),
+    head=HeadSpec(tied=False),
+)
+register("llama-3-8b", "llama", "Meta Llama 3 (arXiv:2407.21783)", llama_3_8b)
+
+
+def smollm(layers: int, width: int, heads: int, kv_heads: int, hidden: int) -> TransformerSpec:
+    return vary(
+        llama_3_8b,
+        vocab_size=49152,
+        d_model=width,
+        context=2048,
+        head=HeadSpec(tied=True),
+        stack={"num_layers": layers},
+        block={
+            "attention": {"heads": heads, "kv_heads": kv_heads, "positions": rope},
+            "feed_forward": {"hidden": hidden},
+        },
+    )
+
+
+SMOLLM = "SmolLM (Hugging Face, 2024)"
+register("smollm-135m", "llama", SMOLLM, smollm(30, 576, 9, 3, 1536))
+register("smollm-360m", "llama", SMOLLM, smollm(32, 960, 15, 5, 2560))
+
+qwen3_norm = RmsNorm(epsilon=1e-6)
+qwen3_06b = vary(
+    llama_3_8b,
+    vocab_size=151936,
+    d_model=1024,
+    context=40960,
+    head=HeadSpec(tied=True),
+    stack={"num_layers": 28, "final_norm": qwen3_norm},
+    block={
+        "norm": qwen3_norm,
+        "attention": {
+            "heads": 16,
+            "kv_heads": 8,
+            "head_dim": 128,
+            "positions": Rope(theta=1_000_000.0),
+            "qk_norm": QkNorm(norm=qwen3_norm, over="head"),
+        },
+        "feed_forward": {"hidden": 3072},
+    },
+)
+register("qwen3-0.6b", "qwen3", "Qwen3 (arXiv:2505.09388)", qwen3_06b)
+
+# ---------------------------------------------------------------------------- small ones to train
+
+register(
+    "mqa",
+    "small",
+    "Jax Transformer (multi-query)",
+    TransformerSpec(
+        vocab_size=257,
+        d_model=64,
+        context=256,
+        embedding=EmbeddingSpec(positions=LearnedPositions()),
+        decoder=StackSpec(
+            num_layers=6,
+            pattern=(
+                BlockSpec(
+                    norm=LayerNorm(),
+                    attention=AttentionSpec(heads=8, kv_heads=1),
+                    feed_forward=MlpSpec(hidden=256, activation="relu"),
+                ),
+            ),
+            final_norm=LayerNorm(),
+        ),
+    ),
+)
+
+bigram = TransformerSpec(
+    vocab_size=257,
+    d_model=257,
+    context=256,
+    decoder=StackSpec(pattern=(), num_layers=0),
+    head=None,
+    init=InitSpec(embedding=ZeroInit()),
+)
+register(
+    "bigram",
+    "small",
+    f"{JAXPT}: a table of V x V",
+    bigram,
+    RunSpec(
+        model=bigram,
+        data=DataSpec(seq_len=256, batch_size=32),
+        optimizer=AdamWSpec(lr=0.1, weight_decay=0.0, clip=None),
+    ),
+)
+
+# nanoGPT's recipes leave out biases and dropout on a CPU; a table of 65 characters.
+NANOGPT = "nanoGPT (Karpathy)"
+
+
+def nanogpt_sized(layers: int, width: int, heads: int, context: int) -> TransformerSpec:
+    norm = LayerNorm(bias=False)
+    return vary(
+        gpt2,
+        vocab_size=65,
+        d_model=width,
+        context=context,
+        stack={"num_layers": layers, "final_norm": norm},
+        block={
+            "norm": norm,
+            "attention": {"heads": heads, **no_bias},
+            "feed_forward": {"hidden": 4 * width, "bias": False, "activation": "gelu"},
+        },
+    )
+
+
+def nanogpt_run(model: TransformerSpec, batch_size: int, steps: int) -> RunSpec:
+    return RunSpec(
+        model=model,
+        data=DataSpec(tokenizer=CharTokenizerSpec(), seq_len=model.context, batch_size=batch_size),
+        optimizer=AdamWSpec(lr=1e-3, b2=0.99),
+        schedule=CosineSchedule(warmup=100),
+        train=TrainSpec(budget=BudgetSpec(amount=steps)),
+    )
+
+
+tiny_gpt = nanogpt_sized(4, 128, 4, 64)
+register("tiny-gpt", "small", f"{NANOGPT}, CPU recipe", tiny_gpt, nanogpt_run(tiny_gpt, 12, 2000))
+baby_gpt = nanogpt_sized(6, 384, 6, 256)
+register("baby-gpt", "small", f"{NANOGPT}, GPU recipe", baby_gpt, nanogpt_run(baby_gpt, 64, 5000))
+
+# Assay's own: what is known to train fast today, small enough for two cores.
+nano = TransformerSpec(
+    vocab_size=2048,
+    d_model=256,
+    context=256,
+    decoder=StackSpec(
+        num_layers=4,
+        pattern=(
+            BlockSpec(
+                norm=RmsNorm(),
+                attention=AttentionSpec(heads=4, kv_heads=2, positions=rope, qk_norm=QkNorm()),
+                feed_forward=MlpSpec(hidden=1024, activation="relu_squared"),
+            ),
+        ),
+        final_norm=RmsNorm(),
+    ),
+    init=InitSpec(residual="zero"),
+)
+register(
+    "nano",
+    "small",
+    "Assay's demo",
+    nano,
+    RunSpec(
+        model=nano,
+        data=DataSpec(tokenizer=BpeTokenizerSpec(vocab_size=2048), seq_len=256, batch_size=8),
+        optimizer=MuonSpec(),
+        schedule=LinearSchedule(),
+        train=TrainSpec(budget=BudgetSpec(unit="seconds", amount=100)),
+        compute=ComputeSpec(dtype="bfloat16"),
+    ),
+)
+nano_char = vary(
+    nano,
+    vocab_size=65,
+    d_model=128,
+    context=64,
+    block={"attention": {"kv_heads": None}, "feed_forward": {"hidden": 512}},
+)
+register(
+    "nano-char",
+    "small",
+    "Assay's time-to-quality record",
+    nano_char,
+    RunSpec(
+        model=nano_char,
+        data=DataSpec(tokenizer=CharTokenizerSpec(), seq_len=64, batch_size=12),
+        optimizer=MuonSpec(lr=0.03, adam_lr=5e-3),
+        schedule=LinearSchedule(warmup=0),
+        train=TrainSpec(budget=BudgetSpec(amount=600)),
+        compute=ComputeSpec(dtype="bfloat16"),
+    ),
+)
