@@ -1,0 +1,39 @@
+"""Files that can be made again: where they lie, and how none is ever seen half written."""
+
+import os
+import tempfile
+from pathlib import Path
+
+from assay.errors import AssayError
+
+
+def folder() -> Path:
+    """`$ASSAY_CACHE`, or `~/.cache/assay`. It need not exist yet."""
+    return Path(os.environ.get("ASSAY_CACHE") or Path.home() / ".cache" / "assay")
+
+
+def write(path: Path, content: bytes) -> None:
+    """Writes a whole file or none: beside the target first, then renamed over it.
+
+    Raises:
+        AssayError: if the folder cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
+            os.replace(draft, path)
+        except BaseException:
+            Path(draft).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise cannot_write(path, error) from None
+
+
+def cannot_write(path: Path, error: OSError) -> AssayError:
+    return AssayError(
+        f"{path}: cannot be written ({error.strerror or error}); "
+        f"the environment variable ASSAY_CACHE names another cache folder."
+    )

@@ -1,0 +1,662 @@
+"""Documents to batches. B sequences, T tokens a sequence, N tokens of a part of a corpus.
+
+Every part is one row of ids, documents laid end to end, a separator (the end-of-document token)
+after each. Its first id is context only: the separator, or for a held-out part the last id of the
+training part. So each further id is predicted once from the one before it.
+
+Everything drawn at random is a function of (seed, index), so a position in the data is a number.
+"""
+
+import functools
+import hashlib
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from assay.data import cache, corpora, tokenizers
+from assay.data.corpora import Corpus, Document, TokenCorpus
+from assay.data.shards import Joined
+from assay.data.tokenizers import Tokenizer
+from assay.errors import AssayError
+from assay.spec.run import DataSpec
+
+type Batch = dict[str, np.ndarray]
+"""`tokens`, `targets` int32 [B, T]; perhaps `weights` float32 [B, T], of the targets; and for
+packed documents `segment_ids` (0 is padding) and `positions`, int32 [B, T]."""
+
+PREFETCH = 8
+CACHE_FORMAT = "tokens-1"
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """One part of one corpus as ids.
+
+    ids: integers [N], sliced, perhaps mapped from disk; `ids[0]` is context only.
+    weights: float32 [N], of each id as a target, or None where all are 1.
+    documents: int64 [documents, 2], the span of each document's targets in `ids`.
+    bytes: UTF-8 bytes of the text, None where it is not known. Separators have none.
+    scored_bytes: those of the text whose weight is over 0.
+    unscored_first: the part's first token has no token before it, so `ids[0]` is that token.
+    unknown: how many ids are the tokenizer's `<unk>`, whose text is lost.
+    """
+
+    ids: np.ndarray | Joined
+    weights: np.ndarray | None
+    documents: np.ndarray
+    bytes: int | None
+    scored_bytes: int | None
+    unscored_first: bool
+    unknown: int = 0
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def targets(self) -> int:
+        """How many ids are predicted."""
+        return len(self.ids) - 1
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A DataSpec's corpora as ids: one training part and one held-out part a source."""
+
+    spec: DataSpec
+    tokenizer: Tokenizer
+    train: tuple[Tokens, ...]
+    held_out: tuple[Tokens, ...]
+    fingerprints: tuple[str, ...]
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of all that decides the batches but seed, batch size and sequence length."""
+        decides = [
+            list(self.fingerprints),
+            [source.weight for source in self.spec.sources],
+            self.spec.held_out,
+            self.spec.packing,
+            self.tokenizer.fingerprint,
+        ]
+        return hashlib.sha256(json.dumps(decides).encode()).hexdigest()
+
+    @property
+    def train_tokens(self) -> int:
+        return sum(part.targets for part in self.train)
+
+    @property
+    def held_out_tokens(self) -> int:
+        """Tokens that evaluation predicts, separators among them."""
+        return sum(part.targets for part in self.held_out)
+
+    @property
+    def train_bytes(self) -> int | None:
+        return _sum(part.bytes for part in self.train)
+
+    @property
+    def held_out_bytes(self) -> int | None:
+        """UTF-8 bytes of the held-out text; separators have none."""
+        return _sum(part.bytes for part in self.held_out)
+
+    def summary(self) -> dict[str, Any]:
+        """What `run.json` keeps of the data."""
+        return {
+            "fingerprint": self.fingerprint,
+            "tokenizer": self.tokenizer.fingerprint,
+            "vocab_size": self.tokenizer.vocab_size,
+            "sources": [
+                {
+                    "corpus": source.corpus,
+                    "fingerprint": fingerprint,
+                    "train_bytes": train.bytes,
+                    "train_tokens": train.targets,
+                    "held_out_bytes": held.bytes,
+                    "held_out_tokens": held.targets,
+                    "held_out_unknown": held.unknown,
+                }
+                for source, fingerprint, train, held in zip(
+                    self.spec.sources, self.fingerprints, self.train, self.held_out, strict=True
+                )
+            ],
+        }
+
+
+def _sum(counts: Iterable[int | None]) -> int | None:
+    counts = list(counts)
+    return None if None in counts else sum(counts)
+
+
+# ---------------------------------------------------------------------------- text to ids
+
+
+def prepare(spec: DataSpec, tokenizer: Tokenizer | None = None) -> Prepared:
+    """Cuts the held-out parts off, learns the tokenizer from the rest, and makes ids of both.
+
+    The ids are kept in the cache folder, by the contents of corpus and tokenizer, and mapped
+    from there. `tokenizer` replaces the spec's.
+
+    Raises:
+        AssayError: for all that is wrong with a corpus; if a training part is shorter than one
+            window; if shards hold ids that the vocabulary does not.
+    """
+    sources = [corpora.open_corpus(source.corpus) for source in spec.sources]
+    parts = [corpora.split(corpus, spec.held_out) for corpus in sources]
+    if tokenizer is None:
+        tokenizer = _tokenizer(spec, sources, [train for train, _ in parts])
+    train, held_out = [], []
+    for corpus, (first, last) in zip(sources, parts, strict=True):
+        key = f"{corpus.fingerprint} {spec.held_out!r}"
+        train.append(tokenize(first, tokenizer, key=f"{key} train"))
+        found = len(train[-1])
+        if found < spec.seq_len + 1:
+            raise AssayError(
+                f"{corpus.name}: its training part is {found} tokens, shorter than one window of "
+                f"seq_len + 1 = {spec.seq_len + 1}; shorten data.seq_len or name a longer corpus."
+            )
+        context = int(train[-1].ids[found - 1 : found][0])
+        held_out.append(tokenize(last, tokenizer, context, key=f"{key} held-out"))
+    fingerprints = tuple(corpus.fingerprint for corpus in sources)
+    return Prepared(spec, tokenizer, tuple(train), tuple(held_out), fingerprints)
+
+
+def _tokenizer(spec: DataSpec, sources: list[Corpus], train: list[Corpus]) -> Tokenizer:
+    """The spec's tokenizer; one that learns is learnt from the training parts' text only."""
+    learns = spec.tokenizer.kind in ("char", "bpe")
+    if not learns:
+        return tokenizers.build(spec.tokenizer, ())
+    for corpus in sources:
+        if corpus.kind == "tokens":
+            raise AssayError(
+                f"{corpus.name}: holds ids, of which a '{spec.tokenizer.kind}' tokenizer learns "
+                f"nothing; name the tokenizer that made them, or ids:VOCABULARY."
+            )
+    key = [*(c.fingerprint for c in sources), repr(spec.held_out), spec.tokenizer.to_json()]
+    folder = cache.folder() / "tokenizers" / _hash("tokenizer-1", *key)
+    if (folder / tokenizers.FILE).is_file():
+        return tokenizers.load(folder)
+    tokenizer = tokenizers.build(
+        spec.tokenizer, (document.text for corpus in train for document in corpus)
+    )
+    tokenizer.save(folder)
+    return tokenizer
+
+
+def _hash(*parts: str) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def tokenize(
+    corpus: Corpus, tokenizer: Tokenizer, context: int | None = None, *, key: str | None = None
+) -> Tokens:
+    """A whole corpus as ids, from the cache folder where it was done before.
+
+    Args:
+        context: the id before the first one; the tokenizer's end-of-document id by default.
+        key: what names the contents; the corpus's fingerprint by default.
+    """
+    if corpus.kind == "tokens":
+        return _shards(corpus, tokenizer, context)
+    if context is None:
+        context = tokenizer.eos_id
+    key = _hash(CACHE_FORMAT, key or corpus.fingerprint, tokenizer.fingerprint, str(context))
+    folder = cache.folder() / "tokens" / key
+    try:
+        return _read(folder)
+    except (OSError, ValueError, KeyError):  # not there, or damaged: made anew
+        shutil.rmtree(folder, ignore_errors=True)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{key[:16]}."))
+        try:
+            _write(draft, corpus, tokenizer, context)
+            draft.rename(folder)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+    except OSError as error:
+        if not folder.is_dir():  # where it is one, another process was first, with the same
+            raise cache.cannot_write(folder, error) from None
+    return _read(folder)
+
+
+def _write(folder: Path, documents: Iterable[Document], tokenizer: Tokenizer, context: int | None):
+    dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
+    spans, count, size, scored, unknown, weighted = [], 0, 0, 0, 0, False
+    with (folder / "ids").open("wb") as ids_file, (folder / "weights").open("wb") as weights_file:
+
+        def put(ids: np.ndarray, weight: float) -> None:
+            nonlocal count, weighted
+            ids.astype(dtype).tofile(ids_file)
+            np.full(len(ids), weight, np.float32).tofile(weights_file)
+            count += len(ids)
+            weighted = weighted or weight != 1
+
+        if context is not None:
+            put(np.array([context]), 1.0)
+        for document in documents:
+            start = count
+            for text, weight in document.segments:
+                ids = tokenizer.encode(text)
+                size += len(text.encode())
+                scored += len(text.encode()) if weight > 0 else 0
+                if tokenizer.unknown_id is not None:
+                    unknown += int((ids == tokenizer.unknown_id).sum())
+                put(ids, weight)
+            if count > start and document.ends and tokenizer.eos_id is not None:
+                put(np.array([tokenizer.eos_id]), document.segments[-1].weight)
+            # With no separator, a document's first token follows on nothing of its own.
+            begin = start + (start == 0 or (tokenizer.eos_id is None and bool(spans)))
+            if count > begin:
+                spans.append((begin, count))
+    if not weighted:
+        (folder / "weights").unlink()
+    np.save(folder / "documents.npy", np.array(spans, np.int64).reshape(-1, 2))
+    about = {
+        "count": count,
+        "dtype": np.dtype(dtype).name,
+        "bytes": size,
+        "scored_bytes": scored,
+        "weighted": weighted,
+        "unscored_first": context is None,
+        "unknown": unknown,
+    }
+    (folder / "about.json").write_text(json.dumps(about))
+
+
+def _read(folder: Path) -> Tokens:
+    about = json.loads((folder / "about.json").read_text())
+    count = about["count"]
+
+    def mapped(name: str, dtype: str) -> np.ndarray:
+        if os.path.getsize(folder / name) != count * np.dtype(dtype).itemsize:
+            raise ValueError(f"{folder / name} is damaged")
+        return np.memmap(folder / name, dtype, "r", shape=(count,)) if count else np.zeros(0, dtype)
+
+    return Tokens(
+        mapped("ids", about["dtype"]),
+        mapped("weights", "float32") if about["weighted"] else None,
+        np.load(folder / "documents.npy"),
+        about["bytes"],
+        about["scored_bytes"],
+        about["unscored_first"],
+        about["unknown"],
+    )
+
+
+def _shards(corpus: TokenCorpus, tokenizer: Tokenizer, context: int | None) -> Tokens:
+    """Ids as they were found, unmoved. A document ends at each end-of-document id and array."""
+    known = tokenizer.token_bytes() if tokenizer.kind != "ids" else None
+    size, separators, ends, position, context_ids = 0, [], [], 0, []
+    if context is not None:
+        context_ids, position = [np.array([context], np.uint32)], 1
+    for array in corpus.ids.arrays:
+        for start in range(0, len(array), 1 << 22):
+            ids = np.asarray(array[start : start + (1 << 22)])
+            worst = int(ids[np.argmax((ids < 0) | (ids >= tokenizer.vocab_size))])
+            if not 0 <= worst < tokenizer.vocab_size:
+                raise AssayError(
+                    f"{corpus.name}: holds token id {worst}, but the vocabulary is "
+                    f"{tokenizer.vocab_size}; name the tokenizer that made it, or ids:VOCABULARY."
+                )
+            if known is not None:
+                size += int(known[ids].sum(dtype=np.int64))
+            if tokenizer.eos_id is not None:
+                separators.append(np.flatnonzero(ids == tokenizer.eos_id) + position + start + 1)
+        position += len(array)
+        ends.append(position)
+    # The first token of a document has a token before it only if that is a separator.
+    separated = np.concatenate([*separators, [1] if context is not None else []])
+    ends = np.unique(np.concatenate([*separators, np.array(ends)]).astype(np.int64))
+    starts = np.concatenate([[len(context_ids)], ends[:-1]])
+    spans = np.stack([starts + ~np.isin(starts, separated), ends], axis=1)
+    joined = Joined([*context_ids, *corpus.ids.arrays])
+    size = size if known is not None else None
+    return Tokens(joined, None, spans[spans[:, 0] < spans[:, 1]], size, size, context is None)
+
+
+# ---------------------------------------------------------------------------- rows
+
+
+class _Windows:
+    """Stream packing: window i of an epoch, cut at that epoch's own offset.
+
+    One window more than fit, so that whatever the offset, every target is in some window; those
+    at the ends are moved inside.
+    """
+
+    def __init__(self, part: Tokens, seq_len: int, seed: int):
+        self.part, self.seq_len, self.seed = part, seq_len, seed
+
+    def __len__(self) -> int:
+        return math.ceil((self.part.targets - 1) / self.seq_len) + 1
+
+    def spans(self, index: int, epoch: int) -> list[tuple[int, int]]:
+        start = index * self.seq_len - _offset(self.seed, epoch, self.seq_len)
+        start = min(max(start, 0), self.part.targets - self.seq_len)
+        return [(start + 1, start + 1 + self.seq_len)]
+
+
+@functools.lru_cache(maxsize=256)
+def _offset(seed: int, epoch: int, seq_len: int) -> int:
+    return int(np.random.default_rng((seed, epoch)).integers(seq_len))
+
+
+class _Packed:
+    """Documents packing: row i holds whole documents, the longer ones cut; the plan is fixed."""
+
+    def __init__(self, part: Tokens, seq_len: int):
+        self.rows = pack(part.documents, seq_len)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def spans(self, index: int, epoch: int = 0) -> list[tuple[int, int]]:
+        return self.rows[index]
+
+
+def pack(documents: np.ndarray, seq_len: int) -> list[list[tuple[int, int]]]:
+    """Rows of spans, at most `seq_len` targets each, by best fit of the longest first.
+
+    Args:
+        documents: int64 [documents, 2], spans of targets. Longer ones are cut into pieces, each
+            of which sees nothing of the one before it but its last token.
+    """
+    pieces = [
+        (start, min(start + seq_len, end))
+        for begin, end in documents.tolist()
+        for start in range(begin, end, seq_len)
+    ]
+    pieces.sort(key=lambda span: (span[0] - span[1], span[0]))
+    rows: list[list[tuple[int, int]]] = []
+    with_room: list[list[int]] = [[] for _ in range(seq_len + 1)]  # rows, by the room they have
+    rooms = 0  # bit r is set where some row has room for r
+    for span in pieces:
+        length = span[1] - span[0]
+        enough = rooms >> length
+        if enough:
+            room = length + (enough & -enough).bit_length() - 1
+            row = with_room[room].pop()
+            rooms ^= (not with_room[room]) << room
+        else:
+            row, room = len(rows), seq_len
+            rows.append([])
+        rows[row].append(span)
+        if room > length:
+            with_room[room - length].append(row)
+            rooms |= 1 << (room - length)
+    return rows
+
+
+def _batch(
+    rows: list[tuple[Tokens, list[tuple[int, int]]]],
+    seq_len: int,
+    *,
+    weighted: bool,
+    packed: bool,
+) -> Batch:
+    """Gathers rows, each a list of spans of targets in one part; what is left is padding."""
+    shape = len(rows), seq_len
+    batch = {"tokens": np.zeros(shape, np.int32), "targets": np.zeros(shape, np.int32)}
+    if weighted:
+        batch["weights"] = np.zeros(shape, np.float32)
+    if packed:
+        batch["segment_ids"] = np.zeros(shape, np.int32)
+        batch["positions"] = np.zeros(shape, np.int32)
+    for b, (part, spans) in enumerate(rows):
+        at = 0
+        for number, (start, end) in enumerate(spans, 1):
+            here = slice(at, at + end - start)
+            ids = part.ids[start - 1 : end]
+            batch["tokens"][b, here] = ids[:-1]
+            batch["targets"][b, here] = ids[1:]
+            if weighted:
+                batch["weights"][b, here] = 1 if part.weights is None else part.weights[start:end]
+            if packed:
+                batch["segment_ids"][b, here] = number
+                batch["positions"][b, here] = np.arange(end - start)
+            at = here.stop
+    return batch
+
+
+# ---------------------------------------------------------------------------- training batches
+
+
+class Batches(Iterator[Batch]):
+    """An endless iterator over batches whose whole state is the index of the next one.
+
+    A thread makes the next few; `state` counts only those taken. `close` ends the thread.
+    """
+
+    def __init__(self, batches: Any, identity: Mapping[str, Any], start: int):
+        import grain
+
+        options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=PREFETCH)
+        self._iterator = iter(batches.to_iter_dataset(options))
+        self._identity = dict(identity)
+        self._seek(start)
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Batch:
+        batch = next(self._iterator)
+        self.index += 1
+        return batch
+
+    def state(self) -> dict[str, Any]:
+        """JSON-able: the index of the next batch, and what the batches are a function of."""
+        return {"index": self.index, **self._identity}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Goes to where `state` was taken, under any number of processes.
+
+        Raises:
+            AssayError: if the state is of other data, another seed or another shape of batch.
+        """
+        for name, ours in self._identity.items():
+            if (theirs := state.get(name)) != ours:
+                raise AssayError(
+                    f"the saved position in the data has {name} {theirs!r}, but this run has "
+                    f"{ours!r}; they must be the same to go on."
+                )
+        if not isinstance(index := state.get("index"), int) or index < 0:
+            raise AssayError(f"the saved position in the data has index {index!r}.")
+        self._seek(index)
+
+    def _seek(self, index: int) -> None:
+        self._iterator.set_state({"next_index": index})
+        self.index = index
+
+    def close(self) -> None:
+        self._iterator.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def batches(
+    prepared: Prepared,
+    seed: int,
+    start: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Batches:
+    """Training batches from number `start` on, shuffled anew each epoch of each source.
+
+    Global batch i is a function of (prepared, seed, i). Process p of P gets its rows
+    [p B/P, (p+1) B/P). Sources take turns by weight, so that any stretch of sequences holds
+    them in proportion; each goes through its own epochs. Weights are to within 1% of the least.
+
+    Raises:
+        AssayError: if the batch does not divide among the processes.
+    """
+    import grain
+
+    spec = prepared.spec
+    local, rest = divmod(spec.batch_size, process_count)
+    if rest:
+        raise AssayError(
+            f"data.batch_size: found {spec.batch_size}, which {process_count} processes do not "
+            f"divide."
+        )
+    seeds = np.random.SeedSequence(seed).generate_state(len(prepared.train)).tolist()
+    packed = spec.packing == "documents"
+    plans = [
+        _Packed(part, spec.seq_len) if packed else _Windows(part, spec.seq_len, source_seed)
+        for part, source_seed in zip(prepared.train, seeds, strict=True)
+    ]
+    weighted = packed or any(part.weights is not None for part in prepared.train)
+
+    def examples(source: int) -> Any:
+        count = len(plans[source])
+        order = grain.MapDataset.range(count).shuffle(seed=seeds[source]).repeat()
+        return order.map_with_index(lambda index, row: (source, row, index // count))
+
+    def gather(rows: list[tuple[int, int, int]]) -> Batch:
+        mine = rows[process_index * local : (process_index + 1) * local]
+        return _batch(
+            [(prepared.train[s], plans[s].spans(row, epoch)) for s, row, epoch in mine],
+            spec.seq_len,
+            weighted=weighted,
+            packed=packed,
+        )
+
+    mixed = grain.MapDataset.mix(
+        [examples(source) for source in range(len(plans))],
+        [source.weight for source in spec.sources],
+    )
+    identity = {
+        "fingerprint": prepared.fingerprint,
+        "seed": seed,
+        "seq_len": spec.seq_len,
+        "batch_size": spec.batch_size,
+    }
+    return Batches(mixed.batch(spec.batch_size, batch_fn=gather), identity, start)
+
+
+# ---------------------------------------------------------------------------- evaluation
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Batches that predict every token of some parts once; iterate as often as you like.
+
+    bytes: UTF-8 bytes of the scored text, None where not known. Separators between documents
+        are predicted as well, but have no bytes: they cost, as they do when text is generated.
+    tokens: how many targets have weight 1, over all batches.
+    unscored: how many tokens are in no batch; charge each log(vocabulary).
+    """
+
+    parts: tuple[Tokens, ...]
+    batch_size: int
+    seq_len: int
+    stride: int
+    packed: bool
+
+    @property
+    def bytes(self) -> int | None:
+        return _sum(part.scored_bytes for part in self.parts)
+
+    @property
+    def unscored(self) -> int:
+        """Tokens with nothing before them: none, where the tokenizer has a separator."""
+        given = sum(not part.unscored_first for part in self.parts)
+        predicted = sum(int(np.diff(part_spans).sum()) for _, part_spans in self._spans())
+        return sum(map(len, self.parts)) - given - predicted
+
+    @property
+    def unscored_first(self) -> bool:
+        return self.unscored > 0
+
+    @functools.cached_property
+    def tokens(self) -> int:
+        return sum(
+            end - start if part.weights is None else int((part.weights[start:end] > 0).sum())
+            for part, part_spans in self._spans()
+            for start, end in part_spans.tolist()
+        )
+
+    def _spans(self) -> list[tuple[Tokens, np.ndarray]]:
+        whole = [(part, np.array([[1, len(part)]])) for part in self.parts]
+        return [(part, part.documents) for part in self.parts] if self.packed else whole
+
+    def _rows(self) -> Iterator[tuple[Tokens, list[tuple[int, int]], int]]:
+        """Each row: a part, spans of its targets, and how many of the first are context only."""
+        for part in self.parts:
+            if self.packed:
+                yield from ((part, spans, 0) for spans in pack(part.documents, self.seq_len))
+                continue
+            scored_to = 1
+            for start in range(1, len(part), self.stride):
+                if scored_to >= len(part):
+                    break
+                end = min(start + self.seq_len, len(part))
+                yield part, [(start, end)], scored_to - start
+                scored_to = end
+
+    def __len__(self) -> int:
+        return math.ceil(sum(1 for _ in self._rows()) / self.batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Batches with `weights` 0 or 1; the last one is filled with rows of weight 0."""
+        rows = []
+        for row in self._rows():
+            rows.append(row)
+            if len(rows) == self.batch_size:
+                yield self._batch(rows)
+                rows = []
+        if rows:
+            yield self._batch(rows + [(rows[0][0], [], 0)] * (self.batch_size - len(rows)))
+
+    def _batch(self, rows: list[tuple[Tokens, list[tuple[int, int]], int]]) -> Batch:
+        batch = _batch(
+            [(part, spans) for part, spans, _ in rows],
+            self.seq_len,
+            weighted=True,
+            packed=self.packed,
+        )
+        for b, (_, _, context) in enumerate(rows):
+            batch["weights"][b, :context] = 0
+        batch["weights"] = (batch["weights"] > 0).astype(np.float32)
+        return batch
+
+
+def evaluation_batches(
+    data: Prepared | Iterable[Tokens],
+    batch_size: int,
+    seq_len: int | None = None,
+    stride: int | None = None,
+    packing: str | None = None,
+) -> Evaluation:
+    """The held-out parts (or any), every token predicted exactly once, in order.
+
+    Stream packing: windows of `seq_len` that start every `stride` (by default they do not
+    overlap); of a window that overlaps the one before only the new targets have weight. Documents
+    packing: as in training, no document sees another. Training weights count as 0 or 1.
+
+    Raises:
+        AssayError: if the stride is not in 1 to seq_len, or with packed documents.
+    """
+    if isinstance(data, Prepared):
+        seq_len, packing = seq_len or data.spec.seq_len, packing or data.spec.packing
+        data = data.held_out
+    if seq_len is None:
+        raise AssayError("evaluation: seq_len is required where only tokens are given.")
+    packed = packing == "documents"
+    stride = seq_len if stride is None else stride
+    if not 1 <= stride <= seq_len or (packed and stride != seq_len):
+        raise AssayError(
+            f"stride: found {stride}; legal are 1 to seq_len ({seq_len}), and seq_len alone "
+            f"where documents are packed."
+        )
+    return Evaluation(tuple(data), batch_size, seq_len, stride, packed)
