@@ -3,6 +3,7 @@
 Each names its source. A preset is an architecture with a default run; flags win over it.
 """
 
+import math
 from dataclasses import dataclass
 
 from assay.errors import AssayError, did_you_mean
@@ -92,6 +93,75 @@ def vary(model: TransformerSpec, *, block=None, stack=None, **fields) -> Transfo
     pattern = tuple(changed(old) for old in model.decoder.pattern)
     decoder = model.decoder.replace(pattern=pattern, **(stack or {}))
     return model.replace(decoder=decoder, **fields)
+
+
+def shrink(model: TransformerSpec) -> TransformerSpec:
+    """The same architecture, small enough to run in a test. The rule:
+
+    - kept: the pattern of blocks, norms and their places, positions and their scaling, biases,
+      activations, gating, dropout, caps, initialisation, tying, causality;
+    - layers: at most two whole periods of the pattern, and the broken last one where there is one;
+    - heads: at most 2 kv heads, each serving as many query heads as before (at most 8);
+    - d_model: the smallest multiple of 8 features for every head that is at least 32; head_dim,
+      where given, and the hidden widths keep their ratio to it;
+    - context: 64; windows keep their ratio to it, but are at least 4;
+    - vocabulary: 64 (61 padded to 64 where the tables are padded); without a head, d_model.
+
+    Nothing becomes larger than it was.
+    """
+    pattern = model.decoder.pattern
+
+    def small_heads(attention: AttentionSpec) -> tuple[int, int]:
+        kv_heads = min(attention.num_kv_heads, 2)
+        return kv_heads * min(attention.heads // attention.num_kv_heads, 8), kv_heads
+
+    unit = 8 * math.lcm(*(small_heads(b.attention)[0] for b in pattern if b.attention))
+    width = unit * math.ceil(32 / unit)
+    narrower = width < model.d_model
+    ratio = width / model.d_model
+    context = min(model.context, 64)
+
+    def small_attention(old: AttentionSpec) -> AttentionSpec:
+        new = old
+        if old.window is not None:
+            window = max(4, old.window * context // model.context)
+            new = new.replace(window=min(old.window, window))
+        if not narrower:
+            return new
+        heads, kv_heads = small_heads(old)
+        new = new.replace(heads=heads, kv_heads=old.kv_heads and kv_heads)
+        if old.head_dim is not None:
+            exact = old.head_dim * old.heads / model.d_model * width / heads
+            new = new.replace(head_dim=2 * max(1, round(exact / 2)))
+        return new
+
+    def small_mlp(old: MlpSpec) -> MlpSpec:
+        if not narrower:
+            return old
+        small = tuple(min(f, max(8, 8 * round(f * ratio / 8))) for f in old.widths)
+        return old.replace(hidden=small if isinstance(old.hidden, tuple) else small[0])
+
+    blocks = tuple(
+        block.replace(
+            attention=block.attention and small_attention(block.attention),
+            feed_forward=block.feed_forward and small_mlp(block.feed_forward),
+        )
+        for block in pattern
+    )
+    layers = model.decoder.num_layers
+    if pattern:
+        periods, rest = divmod(layers, len(pattern))
+        layers = min(periods, 2) * len(pattern) + rest
+    d_model = width if narrower else model.d_model
+    padded = model.padded_vocab != model.vocab_size
+    vocab = d_model if model.head is None else min(model.vocab_size, 61 if padded else 64)
+    return model.replace(
+        vocab_size=vocab,
+        vocab_multiple=min(model.vocab_multiple, 8),
+        d_model=d_model,
+        context=context,
+        decoder=model.decoder.replace(pattern=blocks, num_layers=layers),
+    )
 
 
 # ---------------------------------------------------------------------------- GPT-2 and its line
