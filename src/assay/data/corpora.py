@@ -446,12 +446,12 @@ def split(corpus: Corpus, held_out: float = 0.1) -> tuple[Corpus, Corpus]:
         from assay.data.shards import Joined
 
         total = len(corpus.ids)
-        cut = round(total * (1 - held_out))
+        cut = int(total * (1 - held_out))
         parts = [Joined(corpus.ids.parts(*span)) for span in ((0, cut), (cut, total))]
         if not all(map(len, parts)):
             raise _too_short(corpus, total, "tokens", held_out)
         return tuple(TokenCorpus(corpus.name, part) for part in parts)
-    cut = character_start(corpus, round(corpus.size * (1 - held_out)))
+    cut = character_start(corpus, int(corpus.size * (1 - held_out)))
     if not 0 < cut < corpus.size:
         raise _too_short(corpus, corpus.size, "bytes", held_out)
     return (

@@ -255,6 +255,8 @@ def _write(folder: Path, documents: Iterable[Document], tokenizer: Tokenizer, co
             begin = start + (start == 0 or (tokenizer.eos_id is None and bool(spans)))
             if count > begin:
                 spans.append((begin, count))
+    if count == (context is not None):
+        raise AssayError("a part of the corpus has no tokens; name a longer one.")
     if not weighted:
         (folder / "weights").unlink()
     np.save(folder / "documents.npy", np.array(spans, np.int64).reshape(-1, 2))
@@ -277,7 +279,8 @@ def _read(folder: Path) -> Tokens:
     def mapped(name: str, dtype: str) -> np.ndarray:
         if os.path.getsize(folder / name) != count * np.dtype(dtype).itemsize:
             raise ValueError(f"{folder / name} is damaged")
-        return np.memmap(folder / name, dtype, "r", shape=(count,)) if count else np.zeros(0, dtype)
+        # asarray keeps the mapping but drops the subclass, whose slices are slow.
+        return np.asarray(np.memmap(folder / name, dtype, "r", shape=(count,)))
 
     return Tokens(
         mapped("ids", about["dtype"]),
@@ -519,7 +522,9 @@ def batches(
 
     def examples(source: int) -> Any:
         count = len(plans[source])
-        order = grain.MapDataset.range(count).shuffle(seed=seeds[source]).repeat()
+        # Endless, but for Grain's float arithmetic on lengths near 2**63.
+        order = grain.MapDataset.range(count).shuffle(seed=seeds[source])
+        order = order.repeat(max(1, 2**40 // count))
         return order.map_with_index(lambda index, row: (source, row, index // count))
 
     def gather(rows: list[tuple[int, int, int]]) -> Batch:

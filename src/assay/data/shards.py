@@ -104,7 +104,8 @@ def _read_bin(path: Path) -> np.ndarray:
 def _map(path: Path, offset: int, count: int) -> np.ndarray:
     if not count:
         return np.zeros(0, "<u2")
-    return np.memmap(path, "<u2", "r", offset=offset, shape=(count,))
+    # asarray keeps the mapping but drops the subclass, whose slices are slow.
+    return np.asarray(np.memmap(path, "<u2", "r", offset=offset, shape=(count,)))
 
 
 def write(path: str | os.PathLike, ids: np.ndarray, *, header: bool = True) -> None:
