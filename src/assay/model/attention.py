@@ -48,18 +48,17 @@ def geometry(
     """
     seats = positions if segment_ids is None else jnp.arange(positions.shape[-1])
     keys = seats if slots is None else jnp.arange(slots)
-    ahead = seats[..., :, None] - keys[..., None, :]  # how far a key lies behind its query
-    same = True
-    if segment_ids is not None:
-        same = segment_ids[:, :, None] == segment_ids[:, None, :]
+    keys = keys.reshape((1,) * (seats.ndim - keys.ndim) + keys.shape)
+    behind = seats[..., :, None] - keys[..., None, :]  # how far a key lies behind its query
     biases, rotations = {}, {}
     for attention in attentions:
         window = attention.window
         if window not in biases:
-            seen = same & (ahead >= 0) if causal else jnp.broadcast_to(same, ahead.shape)
+            seen = behind >= 0 if causal else jnp.ones_like(behind, bool)
             if window is not None:
-                seen = seen & (ahead < window)
-                seen = seen if causal else seen & (ahead > -window)
+                seen = seen & (behind < window) & (behind > -window)
+            if segment_ids is not None:
+                seen = seen[None] & (segment_ids[:, :, None] == segment_ids[:, None, :])
             bias = jnp.where(seen, 0.0, HIDDEN).astype(jnp.float32)
             biases[window] = bias if bias.ndim == 2 else bias[:, None]
         rope = attention.positions
@@ -94,7 +93,7 @@ def attend(
     scores = jnp.einsum("btkgc,bskc->bkgts", q, k, preferred_element_type=jnp.float32) * scale
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
-    scores = scores + (bias if bias.ndim == 2 else bias[:, None])
+    scores = scores + bias.reshape((-1, 1, 1, *bias.shape[-2:]))
     weights = dropout(jax.nn.softmax(scores, axis=-1), dropout_rate, key).astype(q.dtype)
     return jnp.einsum("bkgts,bskc->btkgc", weights, v).reshape(b, t, h, c)
 
@@ -107,7 +106,8 @@ def _cpu_attend(q, k, v, bias, scale):
 def _cpu_attend_forward(q, k, v, bias, scale):
     # The layout (B, T, H, C) is kept throughout: XLA's CPU products are slow on any other.
     scores = jnp.einsum("bthc,bshc->bhts", q, k, preferred_element_type=jnp.float32)
-    weights = jax.nn.softmax(scores * scale + bias, axis=-1).astype(q.dtype)
+    scores = scores * scale + bias.reshape((-1, 1, *bias.shape[-2:]))
+    weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
     out = jnp.einsum("bhts,bshc->bthc", weights, v)
     return out, (q, k, v, weights, out)
 

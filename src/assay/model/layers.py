@@ -19,6 +19,12 @@ from assay.model.sharding import constant_parameter, parameter
 from assay.spec.model import Activation, MlpSpec, NormSpec, WeightInit
 from assay.spec.run import ComputeSpec
 
+
+def along_last(vector: Float[Array, "d"], x: Float[Array, "*b d"]) -> Float[Array, "..."]:
+    """A bias or scale with as many axes as x: ranks are never promoted silently."""
+    return vector.reshape((1,) * (x.ndim - 1) + vector.shape)
+
+
 # ---------------------------------------------------------------------------- products
 
 
@@ -85,7 +91,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "*b k"]) -> Float[Array, "*b n"]:
         y = product(x, self.w[...], cpu=self.cpu)
-        return y if self.b is None else y + self.b[...].astype(x.dtype)
+        return y if self.b is None else y + along_last(self.b[...].astype(x.dtype), y)
 
 
 # ---------------------------------------------------------------------------- activations
@@ -149,9 +155,9 @@ class Norm(nnx.Module):
             y = y - jnp.mean(y, axis=-1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.epsilon)
         if self.scale is not None:
-            y = y * self.scale[...]
+            y = y * along_last(self.scale[...], y)
         if self.bias is not None:
-            y = y + self.bias[...]
+            y = y + along_last(self.bias[...], y)
         return y.astype(x.dtype)
 
 

@@ -11,12 +11,19 @@ from jaxtyping import Array, Float, Float32, Int32
 from assay.spec.model import Rope
 
 
+def _angles(
+    positions: Int32[Array, "*b t"], rates: Float32[Array, "half"]
+) -> Float32[Array, "*b t half"]:
+    rates = rates.reshape((1,) * positions.ndim + rates.shape)
+    return positions[..., None].astype(jnp.float32) * rates
+
+
 def sinusoidal(
     positions: Int32[Array, "*b t"], width: int, theta: float
 ) -> Float32[Array, "*b t d"]:
     """PE(p, 2i) = sin(p / theta^(2i/d)), PE(p, 2i+1) = cos(same) (arXiv:1706.03762, 3.5)."""
     rates = theta ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
-    angles = positions[..., None].astype(jnp.float32) * rates
+    angles = _angles(positions, rates)
     both = jnp.stack([jnp.sin(angles), jnp.cos(angles)], axis=-1)
     return both.reshape(*angles.shape[:-1], width)
 
@@ -62,7 +69,7 @@ def rope_tables(
 ) -> tuple[Float32[Array, "*b t half"], Float32[Array, "*b t half"]]:
     """Cosine and sine of every angle."""
     rates, sharpen = rope_frequencies(width, spec)
-    angles = positions[..., None].astype(jnp.float32) * rates
+    angles = _angles(positions, rates)
     return jnp.cos(angles) * sharpen, jnp.sin(angles) * sharpen
 
 

@@ -14,7 +14,15 @@ from jaxtyping import Array, Float, Float32, Int32, Key
 from assay.errors import AssayError, did_you_mean
 from assay.model.attention import Attention, Geometry, geometry
 from assay.model.cache import Cache, LayerCache
-from assay.model.layers import Mlp, Norm, depth_scale, dropout, product, use_cpu_kernels
+from assay.model.layers import (
+    Mlp,
+    Norm,
+    along_last,
+    depth_scale,
+    dropout,
+    product,
+    use_cpu_kernels,
+)
 from assay.model.positions import sinusoidal
 from assay.model.sharding import constant_parameter, constrain, parameter
 from assay.spec.model import BlockSpec, InitSpec, TransformerSpec, ZeroInit
@@ -45,7 +53,8 @@ class Embedding(nnx.Module):
         if self.spec.scale_by_sqrt_width:
             x = x * math.sqrt(x.shape[-1])
         if self.spec.positions.kind == "learned":
-            x = x + self.positions[...][positions]
+            added = self.positions[...][positions]
+            x = x + (added if added.ndim == 3 else added[None])
         elif self.spec.positions.kind == "sinusoidal":
             table = sinusoidal(positions, x.shape[-1], self.spec.positions.theta)
             x = x + (table if table.ndim == 3 else table[None])
@@ -142,7 +151,7 @@ class Head(nnx.Module):
             logits = product(x, self.w[...], cpu=self.cpu)
         logits = logits.astype(jnp.float32)
         if self.b is not None:
-            logits = logits + self.b[...]
+            logits = logits + along_last(self.b[...], logits)
         if self.spec.softcap is not None:
             logits = self.spec.softcap * jnp.tanh(logits / self.spec.softcap)
         return logits
@@ -222,7 +231,7 @@ class Transformer(nnx.Module):
         if positions is None:
             positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)
             if cache is not None:
-                positions = cache.lengths[:, None] + positions
+                positions = cache.lengths[:, None] + positions[None]
         embedding_key = stack_key = None
         if key is not None:
             embedding_key, stack_key = jax.random.split(key)
