@@ -16,7 +16,8 @@ DEVICE_EXTRAS := cuda tpu
 comma := ,
 with_commas = $(subst $() ,$(comma),$(1))
 # The lock's hashes hold for what is installed and for what builds the package.
-PIP = $(UV) pip install --python $(BIN)/python --constraints $(LOCK) --build-constraints $(LOCK)
+PIP = $(UV) pip install --compile-bytecode --python $(BIN)/python \
+  --constraints $(LOCK) --build-constraints $(LOCK)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
