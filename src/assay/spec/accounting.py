@@ -1,0 +1,250 @@
+"""Parameters, FLOPs and bytes of an architecture, counted from its spec alone.
+
+What is counted:
+
+- **FLOPs** are those of matrix products, 2 a multiply-add; norms, softmax, activations and the
+  embedding's look-up are free. Attention's two products are counted as the program computes
+  them: every query against all T keys, masked or outside a window alike (`scores="computed"`),
+  or only against the keys it may see (`scores="needed"`: about half of T in a causal stack).
+- **Training** is three times forward: each product has two in its backward pass.
+- **Active** parameters are those that one token meets; they differ from the total only where a
+  token is routed.
+
+Both are checked: the parameters against the real arrays, the FLOPs against XLA's own count
+(`tests/spec/test_accounting.py`).
+
+Axes: D model, H heads, K kv heads, C head width, F hidden, V vocabulary (padded), T tokens.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+from assay.spec.model import (
+    AttentionSpec,
+    BlockSpec,
+    MlpSpec,
+    NormSpec,
+    StackSpec,
+    TransformerSpec,
+)
+
+PARTS = ("embedding", "positions", "attention", "feed_forward", "norms", "head")
+"""The rows of the tables, in the order of the forward pass."""
+
+TRAINING_OVER_FORWARD = 3
+
+BYTES = {"float32": 4, "bfloat16": 2}
+
+Scores = Literal["computed", "needed"]
+
+
+@dataclass(frozen=True)
+class Count:
+    """Parameters of one part, and those of them that one token meets."""
+
+    total: int = 0
+    active: int = 0
+
+    def __add__(self, other: "Count") -> "Count":
+        return Count(self.total + other.total, self.active + other.active)
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Parameters by part (the keys are `PARTS`), and in all."""
+
+    parts: dict[str, Count]
+
+    @property
+    def total(self) -> int:
+        return sum(count.total for count in self.parts.values())
+
+    @property
+    def active(self) -> int:
+        return sum(count.active for count in self.parts.values())
+
+
+@dataclass(frozen=True)
+class Flops:
+    """FLOPs a token of the forward pass by part, in all, and of a training step."""
+
+    parts: dict[str, int]
+
+    @property
+    def forward(self) -> int:
+        return sum(self.parts.values())
+
+    @property
+    def train(self) -> int:
+        return TRAINING_OVER_FORWARD * self.forward
+
+
+def parameters(spec: TransformerSpec) -> Parameters:
+    """Every parameter once (a tied head's are the embedding's), padded rows included."""
+    parts = dict.fromkeys(PARTS, Count())
+    for part, count in _parameter_counts(spec):
+        parts[part] += count
+    return Parameters(parts)
+
+
+def flops_per_token(
+    spec: TransformerSpec, seq_len: int | None = None, *, scores: Scores = "computed"
+) -> Flops:
+    """FLOPs a token, averaged over a sequence of `seq_len` tokens (None: `spec.context`)."""
+    parts = dict.fromkeys(PARTS, 0)
+    for part, flops in _flop_counts(spec, seq_len or spec.context, scores):
+        parts[part] += flops
+    return Flops(parts)
+
+
+def training_flops(spec: TransformerSpec, tokens: int, seq_len: int | None = None) -> int:
+    """FLOPs of training on `tokens` tokens in sequences of `seq_len`, as the program computes."""
+    return tokens * flops_per_token(spec, seq_len).train
+
+
+def kv_bytes_per_token(spec: TransformerSpec, dtype: str = "float32") -> int:
+    """Bytes that a token's keys and values take in the cache, all layers together.
+
+    A sliding window saves none: its layer's cache is as long as the others'.
+    """
+    widths = (
+        2 * block.attention.num_kv_heads * block.attention.width(spec.d_model)
+        for block in spec.decoder.blocks()
+        if block.attention is not None
+    )
+    return BYTES[dtype] * sum(widths)
+
+
+def part_of(name: str) -> str:
+    """The part that a parameter belongs to, by its name in a checkpoint.
+
+    `layers.0.attention.q.w` is attention's, `layers.0.attention.q_norm.scale` the norms'.
+    """
+    path = name.split(".")
+    if any(step.endswith("norm") for step in path):
+        return "norms"
+    if name == "embedding.positions":
+        return "positions"
+    return next(part for part in PARTS if part in path)
+
+
+# ---------------------------------------------------------------------------- parameters
+
+
+def _everywhere(parameters: int) -> Count:
+    return Count(parameters, parameters)
+
+
+def _parameter_counts(spec: TransformerSpec) -> Iterator[tuple[str, Count]]:
+    d, rows, embedding, head = spec.d_model, spec.padded_vocab, spec.embedding, spec.head
+    yield "embedding", _everywhere(rows * d)
+    if embedding.positions.kind == "learned":
+        yield "positions", _everywhere(spec.context * d)
+    yield "norms", _norm(embedding.norm, d)
+    yield from _stack_parameters(spec.decoder, d)
+    if head is not None:
+        yield "head", _everywhere((0 if head.tied else d * rows) + (rows if head.bias else 0))
+
+
+def _stack_parameters(stack: StackSpec, d: int) -> Iterator[tuple[str, Count]]:
+    for block in stack.blocks():
+        yield from _block_parameters(block, d)
+    yield "norms", _norm(stack.final_norm, d)
+
+
+def _block_parameters(block: BlockSpec, d: int) -> Iterator[tuple[str, Count]]:
+    norms_a_part = 2 if block.norm_position == "both" else 1
+    for _ in range(
+        norms_a_part * sum(p is not None for p in (block.attention, block.feed_forward))
+    ):
+        yield "norms", _norm(block.norm, d)
+    if block.attention is not None:
+        yield from _attention_parameters(block.attention, d)
+    if block.feed_forward is not None:
+        yield "feed_forward", _feed_forward_parameters(block.feed_forward, d)
+
+
+def _attention_parameters(attention: AttentionSpec, d: int) -> Iterator[tuple[str, Count]]:
+    c = attention.width(d)
+    wide, narrow = attention.heads * c, attention.num_kv_heads * c
+    weights = sum(fan_in * fan_out for fan_in, fan_out in _attention_matrices(attention, d))
+    biases = (wide + 2 * narrow) * attention.qkv_bias + d * attention.out_bias
+    yield "attention", _everywhere(weights + biases)
+    if attention.qk_norm is not None:
+        by_head = attention.qk_norm.over == "head"
+        for width in (c, c) if by_head else (wide, narrow):
+            yield "norms", _norm(attention.qk_norm.norm, width)
+
+
+def _attention_matrices(attention: AttentionSpec, d: int) -> list[tuple[int, int]]:
+    """(fan_in, fan_out) of the queries', keys', values' and output's matrices."""
+    c = attention.width(d)
+    wide, narrow = attention.heads * c, attention.num_kv_heads * c
+    return [(d, wide), (d, narrow), (d, narrow), (wide, d)]
+
+
+def _feed_forward_parameters(feed_forward: MlpSpec, d: int) -> Count:
+    match feed_forward.kind:
+        case "mlp":
+            matrices = _mlp_matrices(feed_forward, d)
+            biases = sum(fan_out for _, fan_out in matrices) * feed_forward.bias
+            return _everywhere(sum(fan_in * fan_out for fan_in, fan_out in matrices) + biases)
+    raise NotImplementedError(feed_forward.kind)
+
+
+def _mlp_matrices(mlp: MlpSpec, d: int) -> list[tuple[int, int]]:
+    """(fan_in, fan_out) of every matrix, the gate's first."""
+    return [(d, mlp.widths[0])] * mlp.gated + list(pairwise((d, *mlp.widths, d)))
+
+
+def _norm(norm: NormSpec | None, width: int) -> Count:
+    if norm is None:
+        return Count()
+    return _everywhere(width * (norm.scale + (norm.kind == "layernorm" and norm.bias)))
+
+
+# ---------------------------------------------------------------------------- FLOPs
+
+
+def _flop_counts(spec: TransformerSpec, seq_len: int, scores: Scores) -> Iterator[tuple[str, int]]:
+    d = spec.d_model
+    yield from _stack_flops(spec.decoder, d, seq_len, scores)
+    if spec.head is not None:
+        yield "head", _product(d, spec.padded_vocab)
+
+
+def _stack_flops(
+    stack: StackSpec, d: int, seq_len: int, scores: Scores
+) -> Iterator[tuple[str, int]]:
+    for block in stack.blocks():
+        attention, feed_forward = block.attention, block.feed_forward
+        if attention is not None:
+            keys = seq_len
+            if scores == "needed":
+                keys = mean_keys(seq_len, window=attention.window, causal=stack.causal)
+            wide = attention.heads * attention.width(d)
+            yield "attention", round(2 * _product(keys, wide))  # q k^T, and weights v
+            for fan_in, fan_out in _attention_matrices(attention, d):
+                yield "attention", _product(fan_in, fan_out)
+        if feed_forward is not None:
+            yield "feed_forward", _feed_forward_flops(feed_forward, d)
+
+
+def _feed_forward_flops(feed_forward: MlpSpec, d: int) -> int:
+    match feed_forward.kind:
+        case "mlp":
+            return sum(_product(*matrix) for matrix in _mlp_matrices(feed_forward, d))
+    raise NotImplementedError(feed_forward.kind)
+
+
+def _product(fan_in: float, fan_out: int):
+    return 2 * fan_in * fan_out
+
+
+def mean_keys(seq_len: int, *, window: int | None, causal: bool) -> float:
+    """How many keys a query may see, on average over a sequence's places."""
+    reach = min(window or seq_len, seq_len)  # a query itself, and reach - 1 tokens behind it
+    behind = (reach * (reach + 1) / 2 + (seq_len - reach) * reach) / seq_len
+    return behind if causal else 2 * behind - 1
