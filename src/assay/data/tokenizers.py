@@ -6,6 +6,7 @@ characters. A program that means the special token puts its id there.
 
 import codecs
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Iterable, Sequence
@@ -164,10 +165,30 @@ class IdsTokenizer(_Base):
         return {FILE: json.dumps({"kind": "ids", "vocab_size": self.vocab_size})}
 
 
-# A text is encoded in pieces (by the library's threads) where a line starts that neither follows
-# nor starts with blank: there byte-level pre-tokenisation cuts in any case.
+# A long text is taken in pieces, by the library's threads. They start where a line does that
+# neither follows nor starts with blank: there most pre-tokenisers cut in any case.
 _LINE_START = re.compile(r"(?<=\S\n)(?=\S)")
 _PIECE = 1 << 16
+_PROBES = (("ab\n", "cd"), ("1\n", "23"), (";\n", "(a"), ("a,\n", "é"), ("猫\n", "'s"))
+
+
+def _pieces(text: str) -> list[str]:
+    """A text cut at starts of lines, each piece at least `_PIECE` characters but the last."""
+    cuts = [0]
+    while cut := _LINE_START.search(text, cuts[-1] + _PIECE):
+        cuts.append(cut.start())
+    return [text[start:end] for start, end in itertools.pairwise([*cuts, len(text)])]
+
+
+def _cuts_at_lines(library: Any) -> bool:
+    """Whether pieces give the ids of the whole."""
+    if library.normalizer is not None or library.pre_tokenizer is None:
+        return False
+
+    def words(text: str) -> list[str]:
+        return [word for word, _ in library.pre_tokenizer.pre_tokenize_str(text)]
+
+    return all(words(a + b) == words(a) + words(b) for a, b in _PROBES)
 
 
 class HuggingFaceTokenizer(_Base):
@@ -209,9 +230,7 @@ class HuggingFaceTokenizer(_Base):
         decoders = _kinds(parsed["decoder"])
         self._byte_level = "ByteLevel" in decoders
         self._drop_first_space = bool({"Metaspace", "Strip"} & decoders)
-        self._cut_lines = parsed["normalizer"] is None and "ByteLevel" in _kinds(
-            parsed["pre_tokenizer"]
-        )
+        self._cut_lines = _cuts_at_lines(self._library)
         specials = set(self.special_ids.values())
         self.pieces = [b""] * self.vocab_size
         for token, i in vocabulary.items():
@@ -226,16 +245,7 @@ class HuggingFaceTokenizer(_Base):
         return token.replace("▁", " ").encode()
 
     def encode(self, text: str) -> Ids:
-        if not self._cut_lines or len(text) <= _PIECE:
-            return np.array(self._library.encode(text, add_special_tokens=False).ids, np.int32)
-        pieces, start = [], 0
-        while len(text) - start > _PIECE:
-            cut = _LINE_START.search(text, start + _PIECE)
-            if not cut:
-                break
-            pieces.append(text[start : cut.start()])
-            start = cut.start()
-        pieces.append(text[start:])
+        pieces = _pieces(text) if self._cut_lines else [text]
         encoded = self._library.encode_batch_fast(pieces, add_special_tokens=False)
         return np.concatenate([np.array(e.ids, np.int32) for e in encoded])
 
@@ -296,7 +306,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> HuggingFaceTokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    library.train_from_iterator(texts, trainer)
+    library.train_from_iterator((piece for text in texts for piece in _pieces(text)), trainer)
     return HuggingFaceTokenizer(library.to_str(), kind="bpe", eos=END, bos=END)
 
 
