@@ -5,6 +5,7 @@ Axes: B batch, T tokens, D model, V vocabulary.
 
 import math
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -187,8 +188,7 @@ class Transformer(nnx.Module):
             )
         ]
         # Scanned: layer i of each period is stacked with its like; a last, broken period is not.
-        period = len(decoder.pattern)
-        repeats = decoder.num_layers // period if compute.scan_layers and period else 0
+        period, repeats = layout(spec, compute)
         self.stacked = nnx.List(
             jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers[i : repeats * period : period])
             for i in range(period if repeats else 0)
@@ -288,8 +288,7 @@ class Transformer(nnx.Module):
     def unstacked_layers(self):
         """Every layer in order, whether they are kept stacked or not."""
         if self.stacked:
-            repeats = self.spec.decoder.num_layers // len(self.stacked)
-            for r in range(repeats):
+            for r in range(layout(self.spec, self.compute).repeats):
                 for stack in self.stacked:
                     yield jax.tree.map(lambda leaf, r=r: leaf[r], stack)
         yield from self.layers
@@ -309,26 +308,40 @@ def named_parameters(model: Transformer) -> dict[str, Array]:
     This is the form of checkpoints and converters: `layers.0.attention.q.w`. Leaves of an
     abstract model are `jax.ShapeDtypeStruct`.
     """
-    return name_leaves(nnx.to_pure_dict(nnx.state(model, nnx.Param)), model.spec.decoder.num_layers)
+    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    return name_leaves(params, layout(model.spec, model.compute))
 
 
-def name_leaves(tree: dict, num_layers: int) -> dict[str, Array]:
-    """`named_parameters` of a pure dict; also of any tree of the same form, such as gradients."""
-    flat = nnx.traversals.flatten_mapping(tree)
-    period = len(tree.get("stacked", {}))
-    scanned = num_layers // period * period if period else 0
+class Layout(NamedTuple):
+    """How layers are kept: `repeats` of each of the `period` stacked ones, the rest by itself."""
+
+    period: int
+    repeats: int
+
+
+def layout(spec: TransformerSpec, compute: ComputeSpec) -> Layout:
+    period = len(spec.decoder.pattern)
+    if not compute.scan_layers or period == 0:
+        return Layout(0, 0)
+    return Layout(period, spec.decoder.num_layers // period)
+
+
+def name_leaves(tree: dict, layout: Layout) -> dict[str, Array]:
+    """The leaves of a pure dict in the parameters' form (gradients, say), named by layer."""
     named = {}
-    for path, leaf in flat.items():
+    for path, leaf in nnx.traversals.flatten_mapping(tree).items():
         if path[0] == "stacked":
-            _, i, *rest = path
-            for r in range(scanned // period):
-                named[".".join(map(str, ("layers", r * period + i, *rest)))] = _entry(leaf, r)
+            for r in range(layout.repeats):
+                named[_layer_name(r * layout.period + path[1], path)] = _entry(leaf, r)
         elif path[0] == "layers":
-            _, i, *rest = path
-            named[".".join(map(str, ("layers", scanned + i, *rest)))] = leaf
+            named[_layer_name(layout.period * layout.repeats + path[1], path)] = leaf
         else:
             named[".".join(map(str, path))] = leaf
     return named
+
+
+def _layer_name(layer: int, path: tuple) -> str:
+    return ".".join(map(str, ("layers", layer, *path[2:])))
 
 
 def _entry(leaf, r: int):
@@ -364,21 +377,18 @@ def merge_named(model: Transformer, named: Mapping[str, Array]) -> Transformer:
     """The same model with other arrays in it, given by name; nothing is checked."""
     graph, state = nnx.split(model)
     tree = nnx.to_pure_dict(state)
-    return nnx.merge(graph, unname(tree, named, model.spec.decoder.num_layers))
+    return nnx.merge(graph, unname(tree, named, layout(model.spec, model.compute)))
 
 
-def unname(like: dict, named: Mapping[str, Array], num_layers: int) -> dict:
+def unname(like: dict, named: Mapping[str, Array], layout: Layout) -> dict:
     """A tree of `like`'s form (stacked or not) with the named arrays: the inverse of naming."""
-    period = len(like.get("stacked", {}))
-    scanned = num_layers // period * period if period else 0
 
     def pick(path):
         if path[0] == "stacked":
-            _, i, *rest = path
-            names = (("layers", r * period + i, *rest) for r in range(scanned // period))
-            return jnp.stack([named[".".join(map(str, name))] for name in names])
+            layers = range(path[1], layout.period * layout.repeats, layout.period)
+            return jnp.stack([named[_layer_name(layer, path)] for layer in layers])
         if path[0] == "layers":
-            path = ("layers", scanned + path[1], *path[2:])
+            return jnp.asarray(named[_layer_name(layout.period * layout.repeats + path[1], path)])
         return jnp.asarray(named[".".join(map(str, path))])
 
     flat = nnx.traversals.flatten_mapping(like)

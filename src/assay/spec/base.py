@@ -53,21 +53,27 @@ class Spec(BaseModel, metaclass=_PlainErrors):
         )
 
     def at(self, path: str, value: Any) -> Self:
-        """A copy with the field at a dotted path changed, `decoder.pattern.0.attention.heads`.
+        """A copy with the field at a dotted path changed, as in `decoder.num_layers`."""
+        return self.changed({path: value})
 
-        `*` stands for every entry of a list. Changing `kind` of a variant keeps the fields that
-        the new kind also has.
+    def changed(self, changes: Mapping[str, Any]) -> Self:
+        """A copy with the fields at some dotted paths changed, validated once, after all of them.
+
+        `*` stands for every entry of a list: `decoder.pattern.*.attention.heads`. Another `kind`
+        of a variant starts from its own defaults; its name alone may stand for it
+        (`optimizer=muon`).
 
         Raises:
-            AssayError: if the path does not exist (the nearest right ones are named), or if the
+            AssayError: if a path does not exist (the nearest right ones are named), or if a
                 value is not legal there.
         """
         data = self.model_dump(mode="json")
-        _assign(self, data, path.split("."), value, path)
+        for path, value in changes.items():
+            _assign(data, path.split("."), value, path)
         return type(self).from_data(data)
 
 
-def _assign(spec: Any, data: Any, parts: list[str], value: Any, path: str) -> None:
+def _assign(data: Any, parts: list[str], value: Any, path: str) -> None:
     head, rest = parts[0], parts[1:]
     if isinstance(data, list):
         if head != "*" and not (head.isdigit() and int(head) < len(data)):
@@ -75,41 +81,37 @@ def _assign(spec: Any, data: Any, parts: list[str], value: Any, path: str) -> No
             raise AssayError(f"{path}: '{head}' is not in the list; {did_you_mean(head, legal)}")
         for i in range(len(data)) if head == "*" else [int(head)]:
             if rest:
-                _assign(spec[i], data[i], rest, value, path)
+                _assign(data[i], rest, value, path)
             else:
                 data[i] = value
         return
     if not isinstance(data, dict):
         where = path.removesuffix("." + ".".join(parts))
         raise AssayError(f"{path}: {where} is {data!r} and has no fields; set it as a whole.")
-    if head not in data:
-        near = [p for p in all_paths(spec) if p.split(".")[-1] == parts[-1]]
-        known = did_you_mean(head, [*data])
+    fresh = [*data] == ["kind"]  # a variant just switched to: its fields are checked later
+    if head not in data and not fresh:
+        near = [p for p in _paths(data) if p.split(".")[-1] == parts[-1]]
         also = f" ('{parts[-1]}' is at {', '.join(near[:3])} below it.)" if near else ""
-        raise AssayError(f"{path}: there is no field '{head}'; {known}{also}")
+        raise AssayError(f"{path}: there is no field '{head}'; {did_you_mean(head, data)}{also}")
     if rest:
-        _assign(getattr(spec, head), data[head], rest, value, path)
+        _assign(data[head], rest, value, path)
     elif head == "kind" and data["kind"] != value:
-        data.clear()  # another kind has other fields: it starts from its own defaults
+        data.clear()
         data["kind"] = value
-    elif isinstance(value, str) and isinstance(data[head], dict) and "kind" in data[head]:
+    elif isinstance(value, str) and isinstance(data.get(head), dict) and "kind" in data[head]:
         data[head] = {"kind": value}
     else:
         data[head] = value
 
 
-def all_paths(spec: Any, prefix: str = "") -> list[str]:
-    """Every dotted path of a spec's leaves and inner nodes, in order."""
-    if isinstance(spec, BaseModel):
-        items = [(name, getattr(spec, name)) for name in type(spec).model_fields]
-    elif isinstance(spec, tuple):
-        items = [(str(i), entry) for i, entry in enumerate(spec)]
-    else:
-        return []
+def _paths(data: Any, prefix: str = "") -> list[str]:
+    """Every dotted path of nested plain data."""
+    entries = data.items() if isinstance(data, dict) else []
+    if isinstance(data, list):
+        entries = enumerate(data)
     paths = []
-    for name, value in items:
-        paths.append(prefix + name)
-        paths.extend(all_paths(value, f"{prefix}{name}."))
+    for name, value in entries:
+        paths += [f"{prefix}{name}", *_paths(value, f"{prefix}{name}.")]
     return paths
 
 

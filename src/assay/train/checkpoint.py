@@ -1,0 +1,188 @@
+"""Checkpoints by Orbax: written beside the training, whole or not at all.
+
+A checkpoint names every array by layer (`params/layers.0.attention.q.w`), so it does not depend
+on how the run keeps its layers (scanned or not) or on its mesh.
+"""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from flax import nnx
+
+from assay.errors import AssayError
+from assay.model.transformer import Layout, name_leaves, unname
+from assay.train.step import TrainState, split_statistic
+
+logging.getLogger("absl").setLevel(logging.WARNING)
+
+
+class Checkpoints:
+    """The `checkpoints/` folder of a run; `keep` is how many are left standing."""
+
+    def __init__(self, folder: Path, keep: int = 2):
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+
+    def latest(self) -> int | None:
+        """The step of the newest whole checkpoint."""
+        return self._manager.latest_step()
+
+    def save(self, state: TrainState, position: Any, layout: Layout, extra: dict) -> None:
+        """Copies the state and writes it in the background. `position` is the data's."""
+        step = int(state.step)
+        # A copy, because the next step gives its buffers away while the writing goes on.
+        named = jax.tree.map(jnp.copy, flatten_state(state, layout))
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(named),
+                data=ocp.args.JsonSave({"position": position, **extra}),
+            ),
+        )
+
+    def restore(self, step: int, like: TrainState, layout: Layout) -> tuple[TrainState, dict]:
+        """The state saved at a step, in the form and placing of `like`, and what went with it.
+
+        Raises:
+            AssayError: if the checkpoint is of another architecture or optimizer.
+        """
+        wanted = flatten_state(like, layout)
+        meta = self._manager.item_metadata(step)["state"]
+        found = {name: tuple(leaf.shape) for name, leaf in _leaves(meta).items()}
+        for name, leaf in wanted.items():
+            if name not in found:
+                raise AssayError(
+                    f"checkpoint {step}: it is of another architecture or optimizer: "
+                    f"'{name}' is not in it."
+                )
+            if found[name] != tuple(leaf.shape):
+                raise AssayError(
+                    f"checkpoint {step}: it is of another architecture: '{name}' has shape "
+                    f"{found[name]}, but the run's has {tuple(leaf.shape)}."
+                )
+        surplus = found.keys() - wanted.keys()
+        if surplus:
+            raise AssayError(
+                f"checkpoint {step}: it is of another architecture or optimizer: it holds "
+                f"'{min(surplus)}', which the run does not have."
+            )
+        shapes = {
+            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in wanted.items()
+        }
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardRestore(shapes), data=ocp.args.JsonRestore()
+            ),
+        )
+        state = unflatten_state(like, restored.state, layout)
+        placed = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), state, like)
+        return placed, restored.data
+
+    def wait(self) -> None:
+        """Until what was saved is on disk."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        self._manager.close()
+
+
+def restore_parameters(folder: Path, step: int | None = None) -> tuple[dict[str, jax.Array], int]:
+    """Only the named parameters of a run's checkpoint (the newest), and its step.
+
+    Raises:
+        AssayError: if the folder holds none.
+    """
+    manager = ocp.CheckpointManager(folder.absolute())
+    step = manager.latest_step() if step is None else step
+    if step is None:
+        raise AssayError(f"{folder}: there is no checkpoint in it.")
+    meta = _leaves(manager.item_metadata(step)["state"])
+    wanted = {
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if name.startswith("params/") else ...
+        for name, leaf in meta.items()
+    }
+    restored = manager.restore(
+        step,
+        args=ocp.args.Composite(state=ocp.args.PyTreeRestore(wanted, partial_restore=True)),
+    )
+    manager.close()
+    return {
+        name.removeprefix("params/"): leaf
+        for name, leaf in restored.state.items()
+        if name.startswith("params/")
+    }, step
+
+
+def _leaves(meta: Any) -> dict[str, Any]:
+    tree = getattr(meta, "tree", meta)
+    return dict(tree)
+
+
+# ---------------------------------------------------------------------------- names
+
+
+def flatten_state(state: TrainState, layout: Layout) -> dict[str, jax.Array]:
+    """Every array of the state under a name that does not depend on how layers are kept."""
+    named = {f"params/{k}": v for k, v in name_leaves(state.params, layout).items()}
+    for prefix, tree in _optimizer_trees(state).items():
+        named |= {f"{prefix}/{k}": v for k, v in name_leaves(tree, layout).items()}
+    return named | {"step": state.step, "key": jax.random.key_data(state.key)}
+
+
+def unflatten_state(like: TrainState, named: dict, layout: Layout) -> TrainState:
+    """The inverse, in the form of `like`."""
+
+    def part(prefix: str, tree: dict) -> dict:
+        inner = {
+            name.removeprefix(f"{prefix}/"): leaf
+            for name, leaf in named.items()
+            if name.startswith(f"{prefix}/")
+        }
+        return unname(tree, inner, layout)
+
+    trees = {prefix: part(prefix, tree) for prefix, tree in _optimizer_trees(like).items()}
+    return TrainState(
+        params=part("params", like.params),
+        optimizer=_with_optimizer_trees(like, trees),
+        step=named["step"],
+        key=jax.random.wrap_key_data(named["key"]),
+    )
+
+
+def _place(path: tuple) -> tuple[str, tuple]:
+    prefix, of = split_statistic(path)
+    return "optimizer" + prefix, of or ("value",)
+
+
+def _optimizer_trees(state: TrainState) -> dict[str, dict]:
+    """The optimizer's statistics, each a dict in the form of the parameters (or a part of it)."""
+    trees: dict[str, dict] = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(state.optimizer)[0]:
+        prefix, of = _place(path)
+        trees.setdefault(prefix, {})[of] = leaf
+    return {prefix: nnx.traversals.unflatten_mapping(flat) for prefix, flat in trees.items()}
+
+
+def _with_optimizer_trees(like: TrainState, trees: dict[str, dict]):
+    leaves, structure = jax.tree_util.tree_flatten_with_path(like.optimizer)
+    new = []
+    for path, _ in leaves:
+        prefix, of = _place(path)
+        node = trees[prefix]
+        for part in of:
+            node = node[part]
+        new.append(node)
+    return jax.tree_util.tree_unflatten(structure, new)
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Writes a JSON file whole or not at all."""
+    new = path.with_suffix(path.suffix + ".new")
+    new.write_text(json.dumps(data, indent=2) + "\n")
+    new.replace(path)

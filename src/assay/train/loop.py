@@ -1,0 +1,452 @@
+"""The training loop, open: data, step, log, evaluate, save, in that order, in one function."""
+
+import json
+import math
+import platform
+import signal
+import threading
+import time
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from assay.data import loader, tokenizers
+from assay.errors import AssayError
+from assay.evaluate.perplexity import evaluate
+from assay.model.sharding import make_mesh, parameter_shardings, partition
+from assay.model.transformer import Layout, abstract, layout, name_leaves
+from assay.spec.accounting import flops_per_token
+from assay.spec.run import RunSpec
+from assay.train.checkpoint import Checkpoints, write_json
+from assay.train.progress import Reporter, Silent
+from assay.train.speed import peak_flops
+from assay.train.step import TrainState, initial_state, make_step, state_shardings
+from assay.train.tracking import Tracker
+
+IN_FLIGHT = 2
+"""Steps the host may be ahead of the device: enough to hide its work, too few to pile up."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a run ended. Losses are nats a token; `val_bpb` bits per UTF-8 byte of held-out text.
+
+    `seconds` is training alone, without compilation, evaluation and set-up. `finished` is False
+    where the run was stopped before its budget was spent.
+    """
+
+    out: str
+    steps: int
+    tokens: int
+    train_loss: float | None
+    val_loss: float | None
+    val_bpb: float | None
+    seconds: float
+    compile_seconds: float
+    tokens_per_second: float | None
+    mfu: float | None
+    finished: bool
+    stopped_by: str
+
+
+def train(
+    run: RunSpec,
+    out: Path | str,
+    *,
+    resume: bool = False,
+    stop_at: int | None = None,
+    reporter: Reporter | None = None,
+    trackers: tuple[str, ...] = (),
+) -> TrainResult:
+    """Trains as `run` says, in the folder `out`.
+
+    The folder gets `run.json`, `metrics.jsonl`, `checkpoints/`, the tokenizer, and at the end
+    `result.json` and `loss.png`. `stop_at` stops after so many steps, the schedule unchanged.
+
+    Raises:
+        AssayError: if the folder holds another run; if the data is no good; if the loss is no
+            longer a number (the last good checkpoint stays).
+    """
+    out, reporter = Path(out), reporter or Silent()
+
+    if resume and (ended := read_result(out)) is not None:
+        reporter.note(f"The run in {out} is finished; this is its result.")
+        return ended
+
+    # ---- text to batches
+    tokenizer = tokenizers.load(out) if resume and (out / tokenizers.FILE).is_file() else None
+    prepared = loader.prepare(run.data, tokenizer)
+    run = run.replace(model=run.model.with_vocab(prepared.tokenizer.vocab_size))
+    _open_folder(out, run, prepared, resume)
+    held_out = loader.evaluation_batches(prepared, run.data.batch_size)
+
+    # ---- model and state, made in their places
+    mesh = make_mesh(run.mesh)
+    model = abstract(run.model, run.compute)
+    graph, form = nnx.graphdef(model), layout(run.model, run.compute)
+    step_function = make_step(run, model)
+    if mesh is None:
+        state = jax.jit(lambda: initial_state(run))()
+        update = jax.jit(step_function, donate_argnums=0)
+    else:
+        jax.set_mesh(mesh)
+        places = state_shardings(
+            jax.eval_shape(lambda: initial_state(run)), parameter_shardings(model, mesh), mesh
+        )
+        rows = jax.sharding.NamedSharding(mesh, partition(("batch", None)))
+        state = jax.jit(lambda: initial_state(run), out_shardings=places)()
+        update = jax.jit(
+            step_function,
+            donate_argnums=0,
+            in_shardings=(places, rows, None),
+            out_shardings=(places, None),
+        )
+
+    # ---- where it was
+    checkpoints = Checkpoints(out / "checkpoints")
+    batches = loader.batches(prepared, run.seed)
+    spent = {"seconds": 0.0, "tokens": 0.0}
+    if resume and checkpoints.latest() is None:
+        reporter.note("There is no checkpoint yet: starting from step 0.")
+    elif resume:
+        state, saved = checkpoints.restore(checkpoints.latest(), state, form)
+        batches.restore(saved["position"])
+        spent = saved["spent"]
+    step = int(state.step)
+
+    # ---- compile, for the shapes of the next batch, which is then put back
+    began, position = time.monotonic(), batches.state()
+    update = update.lower(state, next(batches), np.float32(0)).compile()
+    batches.restore(position)
+    compile_seconds = time.monotonic() - began
+
+    # ---- train
+    clock = _Clock(run, spent["seconds"])
+    log = _Log(out, run, prepared, step, spent["tokens"], clock, reporter, trackers)
+    val, val_step, why = None, None, "budget"
+    signals = _StopSignals()
+    reporter.start(run.preset or "training")
+    try:
+        with signals:
+            while clock.share(step) < 1:
+                if stop_at is not None and step >= stop_at:
+                    why = "stop-at"
+                    break
+                if signals.received:
+                    why = signals.received
+                    break
+                batch = next(batches)
+                state, metrics = update(state, batch, np.float32(clock.share(step)))
+                step += 1
+                log.push(step, metrics)
+                if _due(run.train.eval_every, step):
+                    log.flush()
+                    with clock.paused():
+                        val, val_step = evaluate(nnx.merge(graph, state.params), held_out), step
+                    log.evaluated(step, val)
+                    if run.train.target_loss and val.loss <= run.train.target_loss:
+                        why = "target"
+                        break
+                if _due(run.train.checkpoint_every, step):
+                    log.flush()
+                    _save(checkpoints, state, batches.state(), form, log)
+        log.flush(last=True)
+        if checkpoints.latest() != step:
+            _save(checkpoints, state, batches.state(), form, log)
+        finished = why in ("budget", "target")
+        if val_step != step and not signals.received:
+            reporter.note("Scoring the held-out text.")
+            val = evaluate(nnx.merge(graph, state.params), held_out)
+            log.evaluated(step, val)
+    finally:
+        reporter.stop()
+        batches.close()
+        log.close()
+        checkpoints.close()
+
+    # ---- tell
+    speed = log.tokens_here / log.seconds_here if log.tokens_here else None
+    flops = flops_per_token(run.model, run.data.seq_len).train
+    result = TrainResult(
+        out=str(out),
+        steps=step,
+        tokens=round(log.tokens),
+        train_loss=log.loss,
+        val_loss=val.loss if val else None,
+        val_bpb=val.bpb if val else None,
+        seconds=clock.elapsed(),
+        compile_seconds=compile_seconds,
+        tokens_per_second=speed,
+        mfu=speed * flops / peak_flops(run.compute.dtype, run.mesh.devices) if speed else None,
+        finished=finished,
+        stopped_by=why,
+    )
+    if finished:
+        write_json(out / "result.json", asdict(result))
+    return result
+
+
+def _due(every: int | None, step: int) -> bool:
+    return every is not None and step % every == 0
+
+
+# ---------------------------------------------------------------------------- the budget
+
+
+class _Clock:
+    """How much of the budget is spent. Seconds count training, not evaluation or compilation."""
+
+    def __init__(self, run: RunSpec, seconds_before: float):
+        budget, data = run.train.budget, run.data
+        tokens_a_step = data.batch_size * data.seq_len
+        self.seconds = budget.amount if budget.unit == "seconds" else None
+        match budget.unit:
+            case "steps":
+                self.steps = math.ceil(budget.amount)
+            case "tokens":
+                self.steps = math.ceil(budget.amount / tokens_a_step)
+            case "flops":
+                a_token = flops_per_token(run.model, data.seq_len).train
+                self.steps = math.ceil(budget.amount / (a_token * tokens_a_step))
+        self.before = seconds_before
+        self.began = time.monotonic()
+
+    def elapsed(self) -> float:
+        return self.before + time.monotonic() - self.began
+
+    def share(self, step: int) -> float:
+        if self.seconds is not None:
+            return self.elapsed() / self.seconds
+        return step / self.steps
+
+    @contextmanager
+    def paused(self):
+        paused = time.monotonic()
+        yield
+        self.began += time.monotonic() - paused
+
+
+# ---------------------------------------------------------------------------- the folder
+
+
+def _open_folder(out: Path, run: RunSpec, prepared: loader.Prepared, resume: bool) -> None:
+    """Writes `run.json` and the tokenizer into a new folder; holds a resumed run to its own."""
+    record = out / "run.json"
+    if record.is_file():
+        if not resume:
+            raise AssayError(
+                f"{out}: it holds another run, and nothing is overwritten; "
+                f"go on with it by --resume, or name another folder by --out."
+            )
+        held = json.loads(record.read_text())["data"]["fingerprint"]
+        if held != prepared.fingerprint:
+            raise AssayError(f"{out}: its run was trained on other data than is there now.")
+        return
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise AssayError(f"{out}: it is not empty and holds no run; name another folder by --out.")
+    packages = ("assay", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+    about = {
+        "spec": run.model_dump(mode="json"),
+        "seed": run.seed,
+        "versions": {"python": platform.python_version()} | {p: version(p) for p in packages},
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "data": prepared.summary(),
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    prepared.tokenizer.save(out)
+    write_json(record, about)
+
+
+def read_run(out: Path | str) -> RunSpec:
+    """The spec of the run in a folder.
+
+    Raises:
+        AssayError: if there is none.
+    """
+    record = Path(out) / "run.json"
+    if not record.is_file():
+        raise AssayError(f"{out}: there is no run in it (no run.json).")
+    return RunSpec.from_data(json.loads(record.read_text())["spec"])
+
+
+def read_result(out: Path | str) -> TrainResult | None:
+    """How the run in a folder ended, if it has."""
+    path = Path(out) / "result.json"
+    return TrainResult(**json.loads(path.read_text())) if path.is_file() else None
+
+
+def _save(checkpoints: Checkpoints, state: TrainState, position, form: Layout, log: "_Log"):
+    """Saves, if every parameter is still a number: a checkpoint is good or it is not there."""
+    bad = [
+        name
+        for name, leaf in name_leaves(state.params, form).items()
+        if not bool(jnp.isfinite(leaf).all())
+    ]
+    if bad:
+        raise AssayError(
+            f"the update of step {int(state.step)} left numbers that are not finite in "
+            f"{bad[0]} and {len(bad) - 1} other parameters; the learning rate may be too high. "
+            f"{log.last_good()}"
+        )
+    spent = {"seconds": log.clock.elapsed(), "tokens": log.tokens}
+    checkpoints.save(state, position, form, {"spent": spent})
+    log.saved = int(state.step)
+
+
+# ---------------------------------------------------------------------------- the log
+
+
+class _Log:
+    """`metrics.jsonl`, the progress bar, and the watch for numbers that are none.
+
+    Metrics stay on the device until their step is surely done, so that fetching them waits for
+    nothing.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        run: RunSpec,
+        prepared: loader.Prepared,
+        step: int,
+        tokens: float,
+        clock: _Clock,
+        reporter: Reporter,
+        trackers: tuple[str, ...],
+    ):
+        self.run, self.clock, self.reporter = run, clock, reporter
+        self.pending: list[tuple[int, dict]] = []
+        self.loss, self.previous, self.saved = None, None, step or None
+        self.tokens, self.tokens_here, self.seconds_here = tokens, 0.0, 0.0
+        self.since, self.window = clock.elapsed(), []
+        self.bits = None
+        if prepared.train_bytes:
+            self.bits = prepared.train_tokens / prepared.train_bytes / math.log(2)
+        self.file = _continue_lines(out / "metrics.jsonl", step)
+        self.tracker = Tracker(out, run, trackers)
+
+    def push(self, step: int, metrics: dict) -> None:
+        """Takes a step's metrics without waiting for them."""
+        self.pending.append((step, metrics))
+        if len(self.pending) > IN_FLIGHT:
+            jax.block_until_ready(self.pending[-1 - IN_FLIGHT][1])
+        if len(self.pending) >= self.run.train.log_every + IN_FLIGHT:
+            self._fetch(len(self.pending) - IN_FLIGHT)
+
+    def flush(self, *, last: bool = False) -> None:
+        """Waits for every step so far; the `last` one gets a line, whatever its number."""
+        self._fetch(len(self.pending), last=last)
+
+    def _fetch(self, count: int, *, last: bool = False) -> None:
+        ready, self.pending = self.pending[:count], self.pending[count:]
+        if not ready:
+            return
+        values = jax.device_get([metrics for _, metrics in ready])
+        now, tokens = self.clock.elapsed(), sum(float(v["tokens"]) for v in values)
+        seconds, self.since = now - self.since, now
+        self.tokens_here += tokens
+        self.seconds_here += seconds
+        for (step, _), value in zip(ready, values, strict=True):
+            record = {name: float(number) for name, number in value.items()}
+            self._watch(step, record)
+            self.tokens += record.pop("tokens")
+            self.loss, self.previous = record["loss"], record
+            self.window.append(record["loss"])
+            if step % self.run.train.log_every == 0 or (last and step == ready[-1][0]):
+                self._line(step, record, now, tokens / seconds if seconds > 0 else 0.0)
+
+    def _line(self, step: int, record: dict, now: float, speed: float) -> None:
+        record = {
+            "step": step,
+            "tokens": round(self.tokens),
+            "seconds": round(now, 3),
+            **record,
+            "loss_window": sum(self.window) / len(self.window),
+            "tokens_per_second": speed,
+        }
+        self.window = []
+        if self.bits is not None:
+            record["bpb"] = record["loss_window"] * self.bits
+        self._write(record)
+        self.reporter.update(min(self.clock.share(step), 1.0), record)
+
+    def evaluated(self, step: int, val) -> None:
+        """A line of its own for the held-out loss after a step."""
+        self._write({"step": step, "val_loss": val.loss, "val_bpb": val.bpb})
+        self.since = self.clock.elapsed()
+
+    def _write(self, record: dict) -> None:
+        self.file.write(json.dumps(record) + "\n")
+        self.file.flush()
+        self.tracker.write(record)
+
+    def _watch(self, step: int, record: dict) -> None:
+        for name in ("loss", "objective", "grad_norm"):
+            if math.isfinite(record[name]):
+                continue
+            what = {"grad_norm": "gradient"}.get(name, name)
+            before = ""
+            if self.previous is not None:
+                before = (
+                    f" (the step before: loss {self.previous['loss']:.4g}, "
+                    f"gradient norm {self.previous['grad_norm']:.4g})"
+                )
+            raise AssayError(
+                f"the {what} of step {step} is {record[name]}{before}, at learning rate "
+                f"{record['lr']:.3g}; try a lower one, a longer warm-up, or clipping. "
+                f"{self.last_good()}"
+            )
+
+    def last_good(self) -> str:
+        if self.saved is None:
+            return "No checkpoint had been saved."
+        return f"The checkpoint of step {self.saved} is the last good one."
+
+    def close(self) -> None:
+        self.file.close()
+        self.tracker.close()
+
+
+def _continue_lines(path: Path, step: int):
+    """The file, open behind its lines up to a step: what came after is trained again."""
+    kept = []
+    if path.is_file():
+        for line in path.read_text().splitlines():
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:  # the half line of a killed process
+                continue
+            if record["step"] <= step:
+                kept.append(line + "\n")
+    new = path.with_suffix(".new")
+    new.write_text("".join(kept))
+    new.replace(path)
+    return path.open("a")
+
+
+class _StopSignals:
+    """SIGTERM and the first SIGINT end the run after its step, saved; a second SIGINT at once."""
+
+    def __init__(self):
+        self.received: str | None = None
+
+    def __enter__(self):
+        self.old = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self.old[number] = signal.signal(number, self._receive)
+        return self
+
+    def _receive(self, number, frame):
+        self.received = signal.Signals(number).name
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second one, at once
+
+    def __exit__(self, *_):
+        for number, handler in self.old.items():
+            signal.signal(number, handler)

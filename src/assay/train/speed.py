@@ -1,0 +1,47 @@
+"""The most that a device could do, so that a run can say what share of it was used."""
+
+import time
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+
+PEAK_BFLOAT16 = {
+    # Dense bfloat16 FLOPs a second of one device, as the makers publish them.
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA B200": 2250e12,
+}
+
+
+@cache
+def peak_flops(dtype: str, devices: int = 1) -> float | None:
+    """FLOPs a second of `devices` of this kind; None where the kind is not known.
+
+    A CPU has no published figure that says much: it is measured, by a matrix product of 2,048.
+    Simulated CPU devices share one machine.
+    """
+    kind = jax.devices()[0].device_kind
+    if jax.default_backend() == "cpu":
+        return _measured(dtype)
+    known = [peak for name, peak in PEAK_BFLOAT16.items() if kind.startswith(name)]
+    return devices * known[-1] if known else None
+
+
+def _measured(dtype: str) -> float:
+    size = 2048
+    x = jnp.ones((size, size), dtype)
+    product = jax.jit(jnp.matmul)
+    product(x, x).block_until_ready()
+    best = float("inf")
+    for _ in range(3):
+        began = time.perf_counter()
+        product(x, x).block_until_ready()
+        best = min(best, time.perf_counter() - began)
+    return 2 * size**3 / best

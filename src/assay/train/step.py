@@ -1,0 +1,133 @@
+"""One update, as a pure function of state and batch."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jaxtyping import Array, Float32, Int32, Key
+
+from assay.model.transformer import Transformer
+from assay.spec.model import TransformerSpec
+from assay.spec.run import RunSpec
+from assay.train.loss import count_tokens, summed_objective
+from assay.train.optimizer import make_optimizer, parameter_kinds, schedule_factor
+
+Batch = dict[str, Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainState:
+    """All that training changes. `step` counts completed updates; `key` never changes."""
+
+    params: dict[str, Any]
+    optimizer: optax.OptState
+    step: Int32[Array, ""]
+    key: Key[Array, ""]
+
+
+Metrics = dict[str, Float32[Array, ""]]
+Step = Callable[[TrainState, Batch, Float32[Array, ""]], tuple[TrainState, Metrics]]
+
+
+def initial_state(run: RunSpec) -> TrainState:
+    """Parameters and optimizer at step 0, from the run's seed alone."""
+    init_key, train_key = jax.random.split(jax.random.key(run.seed))
+    model = Transformer(run.model, run.compute, rngs=init_key)
+    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    tx = make_optimizer(run.optimizer, parameter_kinds(model))
+    return TrainState(params, tx.init(params), jnp.int32(0), train_key)
+
+
+def make_step(run: RunSpec, abstract_model: Transformer) -> Step:
+    """The function (state, batch, progress) -> (state, metrics), to be jitted by the caller.
+
+    `progress` is the share of the budget spent before this update. Metrics: loss (nats a
+    token), objective (what was minimised), grad_norm (before clipping), lr, tokens.
+    """
+    graph = nnx.graphdef(abstract_model)
+    tx = make_optimizer(run.optimizer, parameter_kinds(abstract_model))
+    parts = run.train.accumulate
+    random = uses_randomness(run.model)
+
+    def gradients(params, batch, key):
+        def objective(params):
+            return summed_objective(nnx.merge(graph, params), batch, run.train, key)
+
+        (total, loss), grads = jax.value_and_grad(objective, has_aux=True)(params)
+        return grads, total, loss
+
+    def accumulated(params, batch, key):
+        """The same sums, a part of the batch at a time."""
+        split = {name: x.reshape(parts, -1, *x.shape[1:]) for name, x in batch.items()}
+
+        def one(sums, part):
+            index, batch = part
+            part_key = None if key is None else jax.random.fold_in(key, index)
+            return jax.tree.map(jnp.add, sums, gradients(params, batch, part_key)), None
+
+        zeros = (jax.tree.map(jnp.zeros_like, params), jnp.float32(0), jnp.float32(0))
+        sums, _ = jax.lax.scan(one, zeros, (jnp.arange(parts), split))
+        return sums
+
+    def step(state: TrainState, batch: Batch, progress) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(state.key, state.step) if random else None
+        compute = gradients if parts == 1 else accumulated
+        grads, objective, loss = compute(state.params, batch, key)
+        tokens = count_tokens(batch)
+        share = 1.0 / jnp.maximum(tokens, 1.0)
+        grads = jax.tree.map(lambda g: g * share, grads)
+        factor = schedule_factor(run.schedule, state.step, progress)
+        updates, optimizer = tx.update(grads, state.optimizer, state.params)
+        params = jax.tree.map(lambda p, u: p + factor * u, state.params, updates)
+        metrics = {
+            "loss": loss * share,
+            "objective": objective * share,
+            "grad_norm": optax.global_norm(grads),
+            "lr": factor * run.optimizer.lr,
+            "tokens": tokens,
+        }
+        return TrainState(params, optimizer, state.step + 1, state.key), metrics
+
+    return step
+
+
+def state_shardings(state: TrainState, params: dict, mesh: jax.sharding.Mesh) -> TrainState:
+    """Placings for a whole (abstract) state, given the parameters': statistics go with them."""
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    by_path = {
+        tuple(part.key for part in path): sharding
+        for path, sharding in jax.tree_util.tree_flatten_with_path(params)[0]
+    }
+
+    def place(path, leaf):
+        _, parameter_path = split_statistic(path)
+        return by_path.get(parameter_path, whole)
+
+    return TrainState(
+        params, jax.tree_util.tree_map_with_path(place, state.optimizer), whole, whole
+    )
+
+
+def split_statistic(path: tuple) -> tuple[str, tuple]:
+    """An optimizer leaf's place, as (which statistic it is, the path of its parameter).
+
+    A parameter's path is the run of dict keys at the end; a count has none.
+    """
+    last = len(path)
+    while last and isinstance(path[last - 1], jax.tree_util.DictKey):
+        last -= 1
+    return jax.tree_util.keystr(path[:last]), tuple(part.key for part in path[last:])
+
+
+def uses_randomness(model: TransformerSpec) -> bool:
+    """Whether the training forward draws random numbers."""
+    blocks = model.decoder.pattern
+    return model.embedding.dropout > 0 or any(
+        block.dropout > 0 or (block.attention is not None and block.attention.dropout > 0)
+        for block in blocks
+    )
