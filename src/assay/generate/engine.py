@@ -1,0 +1,517 @@
+"""Prompts to tokens: one prefill, then one compiled loop over a cache of fixed size.
+
+Two programs are compiled for each shape (rows, prompt bucket, slots) and kept with the
+architecture: `prefill` reads the padded prompts and chooses each row's first token, `decode` runs
+up to n steps of a `lax.while_loop`, n being traced. Parameters are arguments of both, and the
+cache is donated to `decode`, which changes it in place.
+
+Axes: B batch, P prompt tokens (padded), S slots of the cache, V vocabulary.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
+from time import perf_counter
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float32, Int32
+
+from assay.errors import AssayError, did_you_mean
+from assay.generate import sampling
+from assay.generate.sampling import PerRow, Rules
+from assay.model.cache import Cache, empty_cache
+from assay.model.transformer import Transformer, abstract, merge_named, named_parameters
+
+Ids = Sequence[int] | np.ndarray
+FinishReason = Literal["stop", "length"]
+CACHE_DTYPES = ("float32", "bfloat16")
+
+# ---------------------------------------------------------------------------- on the device
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Memory:
+    """What is large, and donated: the cache, and which tokens each row has seen."""
+
+    cache: Cache
+    seen: Bool[Array, "b v"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Progress:
+    """What is small, and read by the host: the tokens so far, and who is done.
+
+    `tokens` and `logprobs` hold prompt and output by position, `ends` how many there are.
+    `stopped` rows met a stop token, which is not kept.
+    """
+
+    tokens: Int32[Array, "b s"]
+    logprobs: Float32[Array, "b s"]
+    ends: Int32[Array, "b"]
+    done: Bool[Array, "b"]
+    stopped: Bool[Array, "b"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Limits:
+    """Where a row ends: at so many tokens, prompt included, or before a stop token (-1: none)."""
+
+    lengths: Int32[Array, "b"]
+    stop_tokens: Int32[Array, "n"]
+
+
+def _extend(
+    logits: Float32[Array, "b v"],
+    seen: Bool[Array, "b v"],
+    progress: Progress,
+    rules: Rules,
+    limits: Limits,
+) -> tuple[Bool[Array, "b v"], Progress]:
+    """Each live row takes one more token, or ends."""
+    rows = jnp.arange(logits.shape[0])
+    ends, live = progress.ends, ~progress.done
+    token = sampling.choose(logits, seen, rules, ends)
+    logprob = logits[rows, token] - jax.nn.logsumexp(logits, axis=-1)
+    stop = live & jnp.any(token[:, None] == limits.stop_tokens[None, :], axis=-1)
+    place = jnp.where(live & ~stop, ends, progress.tokens.shape[1])  # one past the end: nowhere
+    grown = ends + (live & ~stop)
+    return seen.at[rows, token].set(True), Progress(
+        progress.tokens.at[rows, place].set(token, mode="drop"),
+        progress.logprobs.at[rows, place].set(logprob, mode="drop"),
+        grown,
+        progress.done | stop | (grown >= limits.lengths),
+        progress.stopped | stop,
+    )
+
+
+def _prefill(
+    structure,
+    slots: int,
+    cache_dtype: str,
+    parameters: list[Array],
+    tokens: Int32[Array, "b p"],
+    lengths: Int32[Array, "b"],
+    rules: Rules,
+    limits: Limits,
+) -> tuple[Memory, Progress]:
+    """Reads prompts padded on the right, and takes the first token of each row."""
+    model = jax.tree.unflatten(structure, parameters)
+    batch, padded = tokens.shape
+    rows = jnp.arange(batch)
+    cache = empty_cache(model.spec, batch, slots, cache_dtype)
+    x, cache = model.hidden(tokens, cache=cache)
+    last = x[rows, lengths - 1][:, None]
+    valid = jnp.arange(padded)[None, :] < lengths[:, None]
+    seen = jnp.zeros((batch, model.spec.vocab_size), bool)
+    seen = seen.at[rows[:, None], tokens].max(valid)
+    progress = Progress(
+        jnp.pad(tokens, ((0, 0), (0, slots - padded))),
+        jnp.zeros((batch, slots), jnp.float32),
+        lengths,
+        jnp.zeros((batch,), bool),
+        jnp.zeros((batch,), bool),
+    )
+    seen, progress = _extend(model.logits(last)[:, 0], seen, progress, rules, limits)
+    # What the padding left in the slots behind a prompt is never read, and is written over.
+    return Memory(cache.with_lengths(lengths), seen), progress
+
+
+def _decode(
+    structure,
+    parameters: list[Array],
+    memory: Memory,
+    progress: Progress,
+    rules: Rules,
+    limits: Limits,
+    halted: Bool[Array, "b"],
+    steps: Int32[Array, ""],
+) -> tuple[Memory, Progress]:
+    """Up to `steps` more tokens in each row; ends early when all rows are done.
+
+    `halted` rows are done because the host says so.
+    """
+    model = jax.tree.unflatten(structure, parameters)
+    progress = replace(progress, done=progress.done | halted)
+    rows = jnp.arange(progress.ends.shape[0])
+
+    def unfinished(carry):
+        step, _, progress = carry
+        return (step < steps) & ~jnp.all(progress.done)
+
+    def one_step(carry):
+        step, memory, progress = carry
+        before = memory.cache.lengths
+        tokens = progress.tokens[rows, before]  # the one token that the cache does not hold yet
+        logits, cache = model(tokens[:, None], cache=memory.cache)
+        cache = cache.with_lengths(jnp.where(progress.done, before, cache.lengths))
+        seen, progress = _extend(logits[:, 0], memory.seen, progress, rules, limits)
+        return step + 1, Memory(cache, seen), progress
+
+    _, memory, progress = jax.lax.while_loop(unfinished, one_step, (jnp.int32(0), memory, progress))
+    return memory, progress
+
+
+class Programs:
+    """The compiled programs of one architecture, by the shapes that they take."""
+
+    def __init__(self, structure):
+        self.prefill = jax.jit(partial(_prefill, structure), static_argnums=(0, 1))
+        self.decode = jax.jit(partial(_decode, structure), donate_argnums=1)
+        self.compiled = {}
+
+    def get(self, name: str, statics: tuple, arguments: tuple):
+        """The executable for arguments of these shapes; compiled if it is new."""
+        leaves, structure = jax.tree.flatten(arguments)
+        shapes = tuple((x.shape, x.dtype, getattr(x, "sharding", None)) for x in leaves)
+        key = (name, statics, structure, shapes)
+        if key not in self.compiled:
+            self.compiled[key] = getattr(self, name).lower(*statics, *arguments).compile()
+        return self.compiled[key]
+
+
+_programs = lru_cache(maxsize=32)(Programs)
+"""By tree structure, so that two models of one architecture share their programs."""
+
+
+# ---------------------------------------------------------------------------- on the host
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Wall time on the host's clock, without compilation.
+
+    `time_to_first_token`: from handing the padded prompts to the compiled prefill until the first
+    token of every row is on the host. `decode_seconds`: the sum over all calls of the compiled
+    decode loop, each until its tokens are on the host; it yields every row's tokens but the
+    first, `decode_tokens` in all (stop tokens are computed, but not counted).
+    """
+
+    compile_seconds: float = 0.0
+    time_to_first_token: float = 0.0
+    decode_seconds: float = 0.0
+    decode_tokens: int = 0
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Of all rows together, decoding alone; None where one token was all."""
+        return self.decode_tokens / self.decode_seconds if self.decode_tokens else None
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was generated, row by row.
+
+    `ids` are without the prompt and without the stop token. `finish_reasons`: "stop" (a stop
+    token, or the caller) or "length". `logprobs` are the model's own, of its logits before any
+    rule. `notes` are warnings, in sentences.
+    """
+
+    ids: list[list[int]]
+    finish_reasons: list[FinishReason]
+    logprobs: list[list[float]]
+    notes: tuple[str, ...] = ()
+    timing: Timing = field(default_factory=Timing, compare=False)
+
+
+class Generator:
+    """A model made ready to generate: its layers unstacked, its matrices in the compute dtype.
+
+    Dropout is off. `cache_dtype` None is the model's compute dtype.
+
+    Raises:
+        AssayError: if the model is not causal.
+    """
+
+    def __init__(self, model: Transformer, *, cache_dtype: str | None = None):
+        self.spec, compute = model.spec, model.compute
+        if not self.spec.decoder.causal:
+            raise AssayError("decoder.causal: found false; only a causal model generates text.")
+        self.cache_dtype = compute.dtype if cache_dtype is None else cache_dtype
+        if self.cache_dtype not in CACHE_DTYPES:
+            known = did_you_mean(str(cache_dtype), CACHE_DTYPES)
+            raise AssayError(f"cache_dtype: found {cache_dtype!r}; {known}")
+        if compute.scan_layers or compute.dtype != "float32":
+            # `product` rounds its weight in any case: rounded here, it is done once.
+            parameters = {
+                name: value.astype(compute.dtype) if name.endswith(".w") else value
+                for name, value in named_parameters(model).items()
+            }
+            model = merge_named(abstract(self.spec, compute.replace(scan_layers=False)), parameters)
+        self.parameters, structure = jax.tree.flatten(model)
+        self.programs = _programs(structure)
+
+    def start(
+        self,
+        prompts: Sequence[Ids] | Ids,
+        *,
+        max_new_tokens: PerRow[int],
+        stop_tokens: Sequence[int] = (),
+        **settings,
+    ) -> "Session":
+        """Reads the prompts and takes the first token of each; see `generate`."""
+        return Session(self, prompts, max_new_tokens, stop_tokens, settings)
+
+
+class Session:
+    """A batch that is being generated: `advance` goes on with it, `take` gives what is new.
+
+    When it is made, the prompts have been read and each row has its first token.
+    """
+
+    def __init__(self, generator: Generator, prompts, max_new_tokens, stop_tokens, settings):
+        spec = generator.spec
+        prompts = _checked_prompts(prompts, spec.vocab_size)
+        batch = len(prompts)
+        lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+        new = _checked_counts(max_new_tokens, batch)
+        stops = _checked_ids("stop_tokens", stop_tokens, spec.vocab_size)
+        learned = spec.embedding.positions.kind == "learned"
+        self.prompt_lengths = lengths
+        self.notes = _check_context(lengths, new, spec.context, learned)
+        # Buckets bound how many programs are compiled. A learned table bounds the prompt's.
+        padded = max(_power_of_two(lengths.max()), 8)
+        padded = min(padded, spec.context) if learned else padded
+        slots = max(padded, int((lengths + new).max()))
+        slots = _power_of_two(slots) if slots <= 256 else -(-slots // 256) * 256
+        stop_bucket = max(_power_of_two(len(stops)), 8)
+
+        self._generator = generator
+        self._rules = sampling.rules(batch, **settings)
+        self._limits = Limits(
+            jnp.asarray(lengths + new), jnp.asarray(_pad(stops, stop_bucket, fill=-1))
+        )
+        self._cuts = np.full((batch,), np.iinfo(np.int32).max, np.int32)  # ends set by the caller
+        self._told = lengths.copy()  # up to where `take` has given tokens
+        self._compile_seconds = self._decode_seconds = 0.0
+        self._decode = None
+
+        tokens = np.stack([_pad(prompt, padded) for prompt in prompts])
+        arguments = (
+            generator.parameters,
+            jnp.asarray(tokens),
+            jnp.asarray(lengths),
+            self._rules,
+            self._limits,
+        )
+        prefill = self._compiled("prefill", (slots, generator.cache_dtype), arguments)
+        self._first_seconds = self._run(prefill, arguments)
+
+    @property
+    def done(self) -> bool:
+        """Whether every row has ended."""
+        return bool(self._done.all())
+
+    def ended(self, row: int) -> bool:
+        """Whether this row has ended."""
+        return bool(self._done[row])
+
+    def advance(self, steps: int) -> None:
+        """Up to `steps` more tokens in each row that has not ended."""
+        if self.done:
+            return
+        halted = jnp.asarray(self._done)
+        arguments = (
+            self._generator.parameters,
+            self._memory,
+            self._progress,
+            self._rules,
+            self._limits,
+            halted,
+            jnp.int32(steps),
+        )
+        if self._decode is None:
+            self._decode = self._compiled("decode", (), arguments)
+        self._decode_seconds += self._run(self._decode, arguments)
+
+    def take(self) -> list[list[int]]:
+        """The ids of each row that came since the last call."""
+        spans = zip(self._tokens, self._told, self._ends, strict=True)
+        news = [row[told:end].tolist() for row, told, end in spans]
+        self._told = self._ends.copy()
+        return news
+
+    def finish(self, row: int, length: int) -> None:
+        """Ends a row after `length` generated tokens: a stop that only the caller can see."""
+        self._cuts[row] = min(self._cuts[row], self.prompt_lengths[row] + length)
+        self._cut()
+
+    def result(self) -> Result:
+        """All that was generated so far."""
+        starts, ends = self.prompt_lengths, self._ends
+
+        def rows(array: np.ndarray) -> list[list]:
+            return [x[a:b].tolist() for x, a, b in zip(array, starts, ends, strict=True)]
+
+        return Result(
+            ids=rows(self._tokens),
+            finish_reasons=["stop" if stopped else "length" for stopped in self._stopped],
+            logprobs=rows(self._logprobs),
+            notes=self.notes,
+            timing=Timing(
+                compile_seconds=self._compile_seconds,
+                time_to_first_token=self._first_seconds,
+                decode_seconds=self._decode_seconds,
+                decode_tokens=int(np.maximum(ends - starts - 1, 0).sum()),
+            ),
+        )
+
+    def _compiled(self, name, statics, arguments):
+        start = perf_counter()
+        executable = self._generator.programs.get(name, statics, arguments)
+        self._compile_seconds += perf_counter() - start
+        return executable
+
+    def _run(self, executable, arguments) -> float:
+        """Runs a program and fetches its progress; the seconds that took."""
+        start = perf_counter()
+        self._memory, self._progress = executable(*arguments)
+        new = jax.device_get(self._progress)
+        seconds = perf_counter() - start
+        self._tokens, self._logprobs = new.tokens, new.logprobs
+        self._ends, self._done, self._stopped = map(np.array, (new.ends, new.done, new.stopped))
+        self._cut()
+        self._check_finite()
+        return seconds
+
+    def _cut(self) -> None:
+        cut = self._cuts < np.iinfo(np.int32).max
+        self._ends = np.minimum(self._ends, self._cuts)
+        self._told = np.minimum(self._told, self._cuts)
+        self._done, self._stopped = self._done | cut, self._stopped | cut
+
+    def _check_finite(self) -> None:
+        for row, (logprobs, end) in enumerate(zip(self._logprobs, self._ends, strict=True)):
+            if np.isnan(logprobs[:end]).any():
+                token = int(np.isnan(logprobs).argmax() - self.prompt_lengths[row]) + 1
+                raise AssayError(
+                    f"prompt {row}: the logits for new token {token} are not finite; the model's "
+                    f"parameters hold no sensible values, or overflow in its dtype."
+                )
+
+
+def generate(
+    model: Transformer | Generator,
+    prompts: Sequence[Ids] | Ids,
+    *,
+    max_new_tokens: PerRow[int],
+    temperature: PerRow[float] = 1.0,
+    top_k: PerRow[int | None] = None,
+    top_p: PerRow[float | None] = None,
+    min_p: PerRow[float | None] = None,
+    repetition_penalty: PerRow[float] = 1.0,
+    stop_tokens: Sequence[int] = (),
+    seed: PerRow[int] = 0,
+    cache_dtype: str | None = None,
+) -> Result:
+    """Continues one prompt of ids, or a batch of prompts of any lengths.
+
+    Settings are one value, or a list of one a prompt; one `seed` gives row i `seed + i`. A row's
+    ids depend only on its own prompt, settings and seed. Use a `Generator` in place of the model
+    for many calls.
+
+    Raises:
+        AssayError: if a prompt is empty or has an id outside the vocabulary, if a setting is out
+            of its range, if prompt and new tokens do not fit into learned positions, or if the
+            model's logits are not finite.
+    """
+    session = _generator(model, cache_dtype).start(
+        prompts,
+        max_new_tokens=max_new_tokens,
+        stop_tokens=stop_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+    )
+    while not session.done:
+        session.advance(2**30)  # to the end, in one call
+    return session.result()
+
+
+def stream(
+    model: Transformer | Generator,
+    prompts: Sequence[Ids] | Ids,
+    *,
+    chunk: int = 1,
+    cache_dtype: str | None = None,
+    **settings,
+) -> Iterator[list[list[int]]]:
+    """As `generate`, but yields the new ids of each row after every `chunk` steps.
+
+    `Generator.start` gives the session itself, and with it the result.
+    """
+    session = _generator(model, cache_dtype).start(prompts, **settings)
+    yield session.take()
+    while not session.done:
+        session.advance(chunk)
+        yield session.take()
+
+
+# ---------------------------------------------------------------------------- checks
+
+
+def _generator(model: Transformer | Generator, cache_dtype: str | None) -> Generator:
+    return model if isinstance(model, Generator) else Generator(model, cache_dtype=cache_dtype)
+
+
+def _power_of_two(least: int) -> int:
+    return 1 << max(int(least) - 1, 0).bit_length()
+
+
+def _pad(ids: np.ndarray, length: int, fill: int = 0) -> np.ndarray:
+    return np.pad(ids, (0, length - len(ids)), constant_values=fill)
+
+
+def _checked_ids(name: str, ids: Ids, vocab_size: int) -> np.ndarray:
+    ids = np.asarray(ids)
+    if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
+        raise AssayError(f"{name}: found no list of token ids.")
+    for i in ids[(ids < 0) | (ids >= vocab_size)][:1]:
+        raise AssayError(f"{name}: token id {i} is outside the vocabulary of {vocab_size}.")
+    return ids.astype(np.int32)
+
+
+def _checked_prompts(prompts: Sequence[Ids] | Ids, vocab_size: int) -> list[np.ndarray]:
+    if len(prompts) == 0 or np.ndim(prompts[0]) == 0:
+        prompts = [prompts]
+    prompts = [_checked_ids(f"prompt {i}", ids, vocab_size) for i, ids in enumerate(prompts)]
+    for i, prompt in enumerate(prompts):
+        if not len(prompt):
+            raise AssayError(f"prompt {i}: found no tokens; generation starts from at least one.")
+    return prompts
+
+
+def _checked_counts(max_new_tokens: PerRow[int], batch: int) -> np.ndarray:
+    counts = np.asarray(max_new_tokens)
+    if not np.issubdtype(counts.dtype, np.integer) or (counts < 1).any():
+        raise AssayError(f"max_new_tokens: found {max_new_tokens!r}, but it must be at least 1.")
+    if counts.ndim and counts.shape != (batch,):
+        raise AssayError(f"max_new_tokens: found {counts.size} values for {batch} prompts.")
+    return np.broadcast_to(counts, (batch,)).astype(np.int32)
+
+
+def _check_context(lengths, new, context: int, learned: bool) -> tuple[str, ...]:
+    """A note where rows run past the context.
+
+    Raises:
+        AssayError: if they do, and positions are learned: there is no vector for them.
+    """
+    longest = int((lengths + new).argmax())
+    prompt, wanted = int(lengths[longest]), int(new[longest])
+    if prompt + wanted <= context:
+        return ()
+    sizes = f"{prompt} prompt tokens and {wanted} new ones are {prompt + wanted}"
+    if learned:
+        fits = f"at most {context - prompt} new ones fit" if prompt < context else "shorten it"
+        raise AssayError(
+            f"max_new_tokens: {sizes}, but the model's learned positions end at {context}; {fits}."
+        )
+    return (f"{sizes}, past the {context} that the model was made for: quality may suffer.",)

@@ -1,0 +1,146 @@
+"""Prefill and decode give the full forward's logits, for every preset (shrunk) and then some.
+
+Axes: B batch, T tokens, V vocabulary.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from assay.generate.engine import generate
+from assay.model.cache import empty_cache
+from assay.spec.model import (
+    AttentionSpec,
+    BlockSpec,
+    EmbeddingSpec,
+    HeadSpec,
+    LayerNorm,
+    LearnedPositions,
+    LinearScaling,
+    Llama3Scaling,
+    MlpSpec,
+    QkNorm,
+    Rope,
+    SinusoidalPositions,
+    StackSpec,
+    TransformerSpec,
+    YarnScaling,
+)
+from assay.spec.presets import PRESETS, shrink, vary
+
+nano = PRESETS["nano"].model
+gpt2 = PRESETS["gpt2"].model
+(block,) = nano.decoder.pattern
+local = block.replace(attention=block.attention.replace(window=40))
+SPECS = {name: shrink(preset.model) for name, preset in PRESETS.items()} | {
+    "window": shrink(
+        nano.replace(decoder=nano.decoder.replace(pattern=(local, block), num_layers=5))
+    ),
+    "window of one": shrink(vary(gpt2, block={"attention": {"window": 1}})),
+    "sinusoidal": shrink(
+        gpt2.replace(embedding=EmbeddingSpec(positions=SinusoidalPositions(), norm=LayerNorm()))
+    ),
+    "yarn, capped": shrink(
+        vary(
+            nano,
+            head=HeadSpec(tied=False, bias=True, softcap=5.0),
+            block={
+                "norm_position": "both",
+                "attention": {
+                    "positions": Rope(scaling=YarnScaling(factor=4, original_context=16)),
+                    "softcap": 3.0,
+                    "qk_norm": QkNorm(over="projection"),
+                },
+            },
+        )
+    ),
+    "llama3 scaling, post": shrink(
+        vary(
+            nano,
+            block={
+                "norm_position": "post",
+                "attention": {"positions": Rope(scaling=Llama3Scaling(original_context=16))},
+            },
+        )
+    ),
+    "linear scaling": shrink(
+        vary(nano, block={"attention": {"positions": Rope(scaling=LinearScaling(factor=2))}})
+    ),
+    "some blocks without attention": TransformerSpec(
+        vocab_size=61,
+        vocab_multiple=8,
+        d_model=32,
+        context=64,
+        embedding=EmbeddingSpec(positions=LearnedPositions(), scale_by_sqrt_width=True),
+        decoder=StackSpec(
+            pattern=(
+                BlockSpec(attention=None, feed_forward=MlpSpec(hidden=(16, 24), bias=True)),
+                BlockSpec(attention=AttentionSpec(heads=2), feed_forward=None),
+            ),
+            num_layers=3,
+        ),
+    ),
+}
+
+
+@jax.jit
+def both_ways(model, tokens, lengths):
+    """Full logits, and those of a padded prefill of `lengths` and then token by token."""
+    full = model(tokens)
+    cache = empty_cache(model.spec, tokens.shape[0], 32)
+    prompt = max(LENGTHS)
+    prefill, cache = model(tokens[:, :prompt], cache=cache)
+    cache = cache.with_lengths(lengths)
+
+    def one(cache, _):
+        token = jnp.take_along_axis(tokens, cache.lengths[:, None], axis=1)
+        logits, cache = model(token, cache=cache)
+        return cache, logits[:, 0]
+
+    _, steps = jax.lax.scan(one, cache, length=tokens.shape[1] - prompt)
+    return full, prefill, steps
+
+
+LENGTHS = (3, 8, 5)
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_prefill_and_decode_equal_the_full_forward(name, noisy):
+    model = noisy(SPECS[name])
+    tokens = jax.random.randint(jax.random.key(2), (3, 24), 0, SPECS[name].vocab_size)
+    full, prefill, steps = map(np.asarray, both_ways(model, tokens, jnp.array(LENGTHS)))
+    assert full.std() > 0.01
+    for row, length in enumerate(LENGTHS):
+        np.testing.assert_allclose(prefill[row, :length], full[row, :length], atol=1e-4, rtol=0)
+        decoded = full[row, length : length + len(steps)]
+        np.testing.assert_allclose(steps[:, row], decoded, atol=1e-4, rtol=0)
+
+
+PROMPTS = ([1, 2, 3], [9], [5, 4, 3, 2, 1, 6, 7], list(range(11)))
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_greedy_is_the_argmax_of_the_full_forward(name, noisy):
+    """The model being causal, one forward of the outcome is every forward that led to it."""
+    model = noisy(SPECS[name])
+    result = generate(model, PROMPTS, max_new_tokens=16, temperature=0.0)
+    rows = [[*prompt, *ids] for prompt, ids in zip(PROMPTS, result.ids, strict=True)]
+    padded = np.stack([np.pad(row, (0, 32 - len(row))) for row in rows])
+    logits = np.asarray(jax.jit(lambda m, t: m(t))(model, jnp.asarray(padded)))
+    logprobs = np.asarray(jax.nn.log_softmax(logits))
+    for i, (prompt, ids) in enumerate(zip(PROMPTS, result.ids, strict=True)):
+        places = np.arange(len(prompt) - 1, len(prompt) + 15)
+        assert ids == logits[i, places].argmax(-1).tolist()
+        np.testing.assert_allclose(result.logprobs[i], logprobs[i, places, ids], atol=1e-4, rtol=0)
+    assert result.finish_reasons == ["length"] * 4
+    assert result.notes == ()
+
+
+@pytest.mark.parametrize("name", ["gpt2", "nano", "window", "bigram"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_row_is_the_same_alone(name, temperature, noisy):
+    settings = {"max_new_tokens": 20, "temperature": temperature, "top_p": 0.9}
+    together = generate(noisy(SPECS[name]), PROMPTS, seed=[3, 3, 8, 2], **settings)
+    for prompt, seed, ids in zip(PROMPTS, [3, 3, 8, 2], together.ids, strict=True):
+        assert generate(noisy(SPECS[name]), prompt, seed=seed, **settings).ids == [ids]
