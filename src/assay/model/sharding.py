@@ -5,7 +5,8 @@ begins. A sharding strategy is then a table of names, `RULES`, and the model nev
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import jax
 import jax.numpy as jnp
@@ -97,6 +98,16 @@ def make_mesh(spec: MeshSpec) -> Mesh | None:
     shape = tuple(getattr(spec, axis) for axis in MESH_AXES)
     kinds = (jax.sharding.AxisType.Auto,) * len(shape)
     return jax.make_mesh(shape, MESH_AXES, axis_types=kinds, devices=jax.devices()[: spec.devices])
+
+
+@contextmanager
+def use_mesh(mesh: Mesh | None) -> Iterator[Mesh | None]:
+    """Within it, `constrain` means this mesh; None is one device, and changes nothing."""
+    if mesh is None:
+        yield None
+        return
+    with jax.set_mesh(mesh):
+        yield mesh
 
 
 def partition(axes: Sequence[str | None]) -> P:

@@ -25,8 +25,7 @@ class Checkpoints:
     """The `checkpoints/` folder of a run; `keep` is how many are left standing."""
 
     def __init__(self, folder: Path, keep: int = 2):
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
-        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+        self._manager = _manager(folder, max_to_keep=keep, create=True)
 
     def latest(self) -> int | None:
         """The step of the newest whole checkpoint."""
@@ -40,7 +39,7 @@ class Checkpoints:
         self._manager.save(
             step,
             args=ocp.args.Composite(
-                state=ocp.args.StandardSave(named),
+                state=ocp.args.PyTreeSave(named),
                 data=ocp.args.JsonSave({"position": position, **extra}),
             ),
         )
@@ -52,8 +51,7 @@ class Checkpoints:
             AssayError: if the checkpoint is of another architecture or optimizer.
         """
         wanted = flatten_state(like, layout)
-        meta = self._manager.item_metadata(step)["state"]
-        found = {name: tuple(leaf.shape) for name, leaf in _leaves(meta).items()}
+        found = {name: tuple(leaf.shape) for name, leaf in _leaves(self._manager, step).items()}
         for name, leaf in wanted.items():
             if name not in found:
                 raise AssayError(
@@ -71,14 +69,9 @@ class Checkpoints:
                 f"checkpoint {step}: it is of another architecture or optimizer: it holds "
                 f"'{min(surplus)}', which the run does not have."
             )
-        shapes = {
-            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in wanted.items()
-        }
         restored = self._manager.restore(
             step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(shapes), data=ocp.args.JsonRestore()
-            ),
+            args=ocp.args.Composite(state=_placed(wanted), data=ocp.args.JsonRestore()),
         )
         state = unflatten_state(like, restored.state, layout)
         placed = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), state, like)
@@ -98,30 +91,43 @@ def restore_parameters(folder: Path, step: int | None = None) -> tuple[dict[str,
     Raises:
         AssayError: if the folder holds none.
     """
-    manager = ocp.CheckpointManager(folder.absolute())
+    manager = _manager(folder)
     step = manager.latest_step() if step is None else step
     if step is None:
         raise AssayError(f"{folder}: there is no checkpoint in it.")
-    meta = _leaves(manager.item_metadata(step)["state"])
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     wanted = {
-        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if name.startswith("params/") else ...
-        for name, leaf in meta.items()
-    }
-    restored = manager.restore(
-        step,
-        args=ocp.args.Composite(state=ocp.args.PyTreeRestore(wanted, partial_restore=True)),
-    )
-    manager.close()
-    return {
-        name.removeprefix("params/"): leaf
-        for name, leaf in restored.state.items()
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here)
+        for name, leaf in _leaves(manager, step).items()
         if name.startswith("params/")
-    }, step
+    }
+    args = ocp.args.Composite(state=_placed(wanted, partial_restore=True))
+    restored = manager.restore(step, args=args)
+    manager.close()
+    return {name.removeprefix("params/"): leaf for name, leaf in restored.state.items()}, step
 
 
-def _leaves(meta: Any) -> dict[str, Any]:
-    tree = getattr(meta, "tree", meta)
-    return dict(tree)
+def _manager(folder: Path, **options: Any) -> ocp.CheckpointManager:
+    return ocp.CheckpointManager(
+        folder.absolute(),
+        options=ocp.CheckpointManagerOptions(**options),
+        item_handlers={
+            "state": ocp.PyTreeCheckpointHandler(),
+            "data": ocp.JsonCheckpointHandler(),
+        },
+    )
+
+
+def _leaves(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
+    """Shapes and dtypes in a checkpoint, without reading it."""
+    return dict(manager.item_metadata(step)["state"].tree)
+
+
+def _placed(like: dict[str, Any], **options: Any) -> ocp.args.PyTreeRestore:
+    """Asks for arrays of these shapes, each straight to its place."""
+    shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in like.items()}
+    places = {name: ocp.ArrayRestoreArgs(sharding=x.sharding) for name, x in like.items()}
+    return ocp.args.PyTreeRestore(shapes, restore_args=places, **options)
 
 
 # ---------------------------------------------------------------------------- names

@@ -15,15 +15,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from assay.data import loader, tokenizers
 from assay.errors import AssayError
-from assay.evaluate.perplexity import evaluate
-from assay.model.sharding import make_mesh, parameter_shardings, partition
+from assay.evaluate.perplexity import Evaluation, evaluate
+from assay.model.sharding import make_mesh, parameter_shardings, partition, use_mesh
 from assay.model.transformer import Layout, abstract, layout, name_leaves
 from assay.spec.accounting import flops_per_token
 from assay.spec.run import RunSpec
 from assay.train.checkpoint import Checkpoints, write_json
+from assay.train.plot import plot_losses
 from assay.train.progress import Reporter, Silent
 from assay.train.speed import peak_flops
 from assay.train.step import TrainState, initial_state, make_step, state_shardings
@@ -79,6 +81,19 @@ def train(
         reporter.note(f"The run in {out} is finished; this is its result.")
         return ended
 
+    with use_mesh(make_mesh(run.mesh)) as mesh:
+        return _train(run, out, mesh, resume, stop_at, reporter, trackers)
+
+
+def _train(
+    run: RunSpec,
+    out: Path,
+    mesh: Mesh | None,
+    resume: bool,
+    stop_at: int | None,
+    reporter: Reporter,
+    trackers: tuple[str, ...],
+) -> TrainResult:
     # ---- text to batches
     tokenizer = tokenizers.load(out) if resume and (out / tokenizers.FILE).is_file() else None
     prepared = loader.prepare(run.data, tokenizer)
@@ -87,15 +102,12 @@ def train(
     held_out = loader.evaluation_batches(prepared, run.data.batch_size)
 
     # ---- model and state, made in their places
-    mesh = make_mesh(run.mesh)
     model = abstract(run.model, run.compute)
-    graph, form = nnx.graphdef(model), layout(run.model, run.compute)
-    step_function = make_step(run, model)
+    form, step_function = layout(run.model, run.compute), make_step(run, model)
     if mesh is None:
         state = jax.jit(lambda: initial_state(run))()
         update = jax.jit(step_function, donate_argnums=0)
     else:
-        jax.set_mesh(mesh)
         places = state_shardings(
             jax.eval_shape(lambda: initial_state(run)), parameter_shardings(model, mesh), mesh
         )
@@ -107,6 +119,12 @@ def train(
             in_shardings=(places, rows, None),
             out_shardings=(places, None),
         )
+
+    exact = nnx.graphdef(abstract(run.model, run.compute.replace(dtype="float32")))
+
+    def score(state: TrainState) -> Evaluation:
+        """The whole held-out split, in float32, as `assay eval` does it."""
+        return evaluate(nnx.merge(exact, state.params), held_out)
 
     # ---- where it was
     checkpoints = Checkpoints(out / "checkpoints")
@@ -130,6 +148,8 @@ def train(
     clock = _Clock(run, spent["seconds"])
     log = _Log(out, run, prepared, step, spent["tokens"], clock, reporter, trackers)
     val, val_step, why = None, None, "budget"
+    eval_every = run.train.eval_every or (50 if run.train.target_loss else None)
+    saving = _SavePlan(run.train.checkpoint_every, clock)
     signals = _StopSignals()
     reporter.start(run.preset or "training")
     try:
@@ -145,24 +165,25 @@ def train(
                 state, metrics = update(state, batch, np.float32(clock.share(step)))
                 step += 1
                 log.push(step, metrics)
-                if _due(run.train.eval_every, step):
+                if eval_every is not None and step % eval_every == 0:
                     log.flush()
                     with clock.paused():
-                        val, val_step = evaluate(nnx.merge(graph, state.params), held_out), step
+                        val, val_step = score(state), step
                     log.evaluated(step, val)
                     if run.train.target_loss and val.loss <= run.train.target_loss:
                         why = "target"
                         break
-                if _due(run.train.checkpoint_every, step):
+                if saving.due(step, clock):
                     log.flush()
                     _save(checkpoints, state, batches.state(), form, log)
         log.flush(last=True)
+        seconds = clock.elapsed()
         if checkpoints.latest() != step:
             _save(checkpoints, state, batches.state(), form, log)
         finished = why in ("budget", "target")
         if val_step != step and not signals.received:
             reporter.note("Scoring the held-out text.")
-            val = evaluate(nnx.merge(graph, state.params), held_out)
+            val = score(state)
             log.evaluated(step, val)
     finally:
         reporter.stop()
@@ -172,6 +193,7 @@ def train(
 
     # ---- tell
     speed = log.tokens_here / log.seconds_here if log.tokens_here else None
+    peak = peak_flops(run.compute.dtype, run.mesh.devices)
     flops = flops_per_token(run.model, run.data.seq_len).train
     result = TrainResult(
         out=str(out),
@@ -180,20 +202,32 @@ def train(
         train_loss=log.loss,
         val_loss=val.loss if val else None,
         val_bpb=val.bpb if val else None,
-        seconds=clock.elapsed(),
+        seconds=seconds,
         compile_seconds=compile_seconds,
         tokens_per_second=speed,
-        mfu=speed * flops / peak_flops(run.compute.dtype, run.mesh.devices) if speed else None,
+        mfu=speed * flops / peak if speed and peak else None,
         finished=finished,
         stopped_by=why,
     )
+    plot_losses(out / "metrics.jsonl", out / "loss.png", title=f"{run.preset or out.name}")
     if finished:
         write_json(out / "result.json", asdict(result))
     return result
 
 
-def _due(every: int | None, step: int) -> bool:
-    return every is not None and step % every == 0
+class _SavePlan:
+    """Every so many steps; every ten minutes where the run does not say."""
+
+    def __init__(self, every: int | None, clock: "_Clock"):
+        self.every, self.last = every, clock.elapsed()
+
+    def due(self, step: int, clock: "_Clock") -> bool:
+        if self.every is not None:
+            return step % self.every == 0
+        if clock.elapsed() - self.last < 600:
+            return False
+        self.last = clock.elapsed()
+        return True
 
 
 # ---------------------------------------------------------------------------- the budget
@@ -376,7 +410,7 @@ class _Log:
         self._write(record)
         self.reporter.update(min(self.clock.share(step), 1.0), record)
 
-    def evaluated(self, step: int, val) -> None:
+    def evaluated(self, step: int, val: Evaluation) -> None:
         """A line of its own for the held-out loss after a step."""
         self._write({"step": step, "val_loss": val.loss, "val_bpb": val.bpb})
         self.since = self.clock.elapsed()

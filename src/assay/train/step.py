@@ -87,7 +87,7 @@ def make_step(run: RunSpec, abstract_model: Transformer) -> Step:
         metrics = {
             "loss": loss * share,
             "objective": objective * share,
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": optax.tree.norm(grads),
             "lr": factor * run.optimizer.lr,
             "tokens": tokens,
         }

@@ -1,0 +1,163 @@
+"""A run that is stopped and goes on is, bit for bit, the run that was not stopped."""
+
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from assay.errors import AssayError
+from assay.model.transformer import layout
+from assay.spec.run import ComputeSpec, MeshSpec
+from assay.train.checkpoint import Checkpoints, flatten_state
+from assay.train.loop import read_run, train
+from assay.train.step import initial_state
+from tests.train.conftest import lines
+
+
+def arrays(run, out, step):
+    """Every array of a checkpoint by name."""
+    form = layout(run.model, run.compute)
+    checkpoints = Checkpoints(out / "checkpoints")
+    state, _ = checkpoints.restore(step, initial_state(run), form)
+    checkpoints.close()
+    return {name: np.asarray(leaf) for name, leaf in flatten_state(state, form).items()}
+
+
+def assert_same(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_stop_at_and_resume_is_bit_exact(run, tmp_path, optimizer):
+    run = run.at("optimizer", optimizer)
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    train(run, whole)
+    stopped = train(run, halves, stop_at=20)
+    assert (stopped.steps, stopped.finished) == (20, False)
+    resumed = train(read_run(halves), halves, resume=True)
+    assert (resumed.steps, resumed.finished) == (40, True)
+    assert lines(whole) == lines(halves)
+    assert_same(arrays(run, whole, 40), arrays(run, halves, 40))
+
+
+def command(run, out, *more):
+    (out.parent / "spec.json").write_text(run.to_json())
+    return [sys.executable, "-m", "tests.train.run_spec", out.parent / "spec.json", out, *more]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_killed_and_resumed_is_bit_exact(run, tmp_path, number):
+    # Slow enough to be killed in the middle: many steps, a save every five.
+    run = run.changed({"train.budget.amount": 300, "train.checkpoint_every": 5})
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    train(run, whole)
+    with subprocess.Popen(command(run, killed), stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and process.poll() is None:
+            saved = [p.name for p in (killed / "checkpoints").glob("*") if p.name.isdigit()]
+            if any(int(name) >= 20 for name in saved):
+                break
+            time.sleep(0.01)
+        began = time.monotonic()
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=60)
+    assert not (killed / "result.json").exists(), f"not killed in time: {errors}"
+    if number == signal.SIGTERM:
+        assert time.monotonic() - began < 30
+        assert "SIGTERM" in errors
+    done = Checkpoints(killed / "checkpoints").latest()
+    assert 20 <= done < 300
+    result = train(read_run(killed), killed, resume=True)
+    assert result.steps == 300
+    assert lines(whole)[-1] == lines(killed)[-1]
+    by_step = {line["step"]: line for line in lines(whole)}
+    # A run that was stopped between two lines has one more, for its last step.
+    assert all(by_step[line["step"]] == line for line in lines(killed) if line["step"] in by_step)
+    assert by_step.keys() <= {line["step"] for line in lines(killed)}
+    assert_same(arrays(run, whole, 300), arrays(run, killed, 300))
+
+
+def test_resume_with_no_checkpoint_starts_again(run, tmp_path):
+    notes = []
+
+    class Listener:
+        def note(self, text):
+            notes.append(text)
+
+        def start(self, title): ...
+        def update(self, share, record): ...
+        def stop(self): ...
+
+    out = tmp_path / "out"
+    train(run.changed({"train.budget.amount": 3}), out)
+    for path in (out / "checkpoints").iterdir():
+        for inner in sorted(path.rglob("*"), reverse=True):
+            inner.unlink() if inner.is_file() else inner.rmdir()
+        path.rmdir()
+    (out / "result.json").unlink()
+    before = lines(out)
+    result = train(read_run(out), out, resume=True, reporter=Listener())
+    assert result.steps == 3
+    assert any("no checkpoint" in note for note in notes)
+    assert lines(out) == before
+
+
+def test_a_finished_run_tells_its_result_again(run, tmp_path):
+    run = run.changed({"train.budget.amount": 3})
+    first = train(run, tmp_path / "out")
+    assert train(read_run(tmp_path / "out"), tmp_path / "out", resume=True) == first
+
+
+def test_scanned_and_unrolled_checkpoints_load_each_other(run, tmp_path):
+    """And so do meshes: a checkpoint is by layer, and by nothing else."""
+    out = tmp_path / "out"
+    train(run, out, stop_at=20)
+    plain = arrays(run, out, 20)
+    for compute, mesh in (
+        (ComputeSpec(scan_layers=True), MeshSpec()),
+        (ComputeSpec(), MeshSpec(data=2, tensor=2)),
+        (ComputeSpec(scan_layers=True, remat="block"), MeshSpec(fsdp=4)),
+    ):
+        other = run.replace(compute=compute, mesh=mesh)
+        assert_same(plain, arrays(other, out, 20))
+    resumed = train(run.replace(mesh=MeshSpec(data=2, tensor=2)), out, resume=True)
+    whole = train(run, tmp_path / "whole")
+    assert resumed.train_loss == pytest.approx(whole.train_loss, rel=1e-4)
+
+
+def test_a_checkpoint_of_another_architecture_is_refused(run, tmp_path):
+    out = tmp_path / "out"
+    train(run, out, stop_at=2)
+    wider = run.changed({"model.d_model": 64})
+    with pytest.raises(AssayError, match=r"another architecture.*shape"):
+        arrays(wider, out, 2)
+    other = run.changed({"model.decoder.num_layers": 6})
+    with pytest.raises(AssayError, match=r"'params/layers.5.*' is not in it"):
+        arrays(other, out, 2)
+    with pytest.raises(AssayError, match="another architecture or optimizer"):
+        arrays(run.at("optimizer", "sgd"), out, 2)
+
+
+def test_a_folder_with_another_run_is_never_overwritten(run, tmp_path):
+    out = tmp_path / "out"
+    train(run, out, stop_at=1)
+    held = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    with pytest.raises(AssayError, match="holds another run"):
+        train(run, out)
+    assert held == {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("dear")
+    with pytest.raises(AssayError, match="not empty"):
+        train(run, tmp_path / "mine")
+
+
+def test_resuming_on_other_data_is_refused(run, tmp_path, corpus):
+    train(run, tmp_path / "out", stop_at=1)
+    corpus.write_text(corpus.read_text() + " and more")
+    with pytest.raises(AssayError, match="other data"):
+        train(read_run(tmp_path / "out"), tmp_path / "out", resume=True)
