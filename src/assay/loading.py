@@ -58,7 +58,9 @@ def load(model: str | Path, dtype: str = "float32", *, seed: int = 0) -> Loaded:
 
     from assay.data import tokenizers
     from assay.model.transformer import Transformer, from_named_parameters
+    from assay.startup import keep_compiled_programs
 
+    keep_compiled_programs()
     compute = ComputeSpec(dtype=dtype)
     match kind_of(model):
         case "preset":

@@ -33,7 +33,7 @@ def corpus(tmp_path) -> Path:
 
 @pytest.fixture
 def model() -> TransformerSpec:
-    """Two kinds of block in turn, and a broken last period: five layers in all."""
+    """Two kinds of block in turn, and a broken last period: three layers in all."""
     attention = AttentionSpec(heads=4, kv_heads=2, positions=Rope())
     pattern = (
         BlockSpec(attention=attention, feed_forward=MlpSpec(hidden=48, gated=True)),
@@ -41,7 +41,7 @@ def model() -> TransformerSpec:
             attention=attention.replace(window=8), feed_forward=MlpSpec(hidden=48), dropout=0.1
         ),
     )
-    stack = StackSpec(pattern=pattern, num_layers=5, final_norm=RmsNorm())
+    stack = StackSpec(pattern=pattern, num_layers=3, final_norm=RmsNorm())
     return TransformerSpec(vocab_size=257, d_model=32, context=32, decoder=stack)
 
 

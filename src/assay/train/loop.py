@@ -24,6 +24,7 @@ from assay.model.sharding import make_mesh, parameter_shardings, partition, use_
 from assay.model.transformer import Layout, abstract, layout, name_leaves
 from assay.spec.accounting import flops_per_token
 from assay.spec.run import RunSpec
+from assay.startup import keep_compiled_programs
 from assay.train.checkpoint import Checkpoints, write_json
 from assay.train.plot import plot_losses
 from assay.train.progress import Reporter, Silent
@@ -81,6 +82,7 @@ def train(
         reporter.note(f"The run in {out} is finished; this is its result.")
         return ended
 
+    keep_compiled_programs()
     with use_mesh(make_mesh(run.mesh)) as mesh:
         return _train(run, out, mesh, resume, stop_at, reporter, trackers)
 

@@ -1,0 +1,15 @@
+"""What is set once before anything is compiled."""
+
+import jax
+
+from assay.data import cache
+
+
+def keep_compiled_programs() -> None:
+    """Keeps compiled programs in the cache folder, so that the next start need not wait.
+
+    A folder that the user has set for JAX (`JAX_COMPILATION_CACHE_DIR`) is left as it is.
+    """
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(cache.folder() / "programs"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

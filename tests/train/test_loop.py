@@ -1,0 +1,116 @@
+import json
+import math
+
+import pytest
+
+from assay.errors import AssayError
+from assay.spec.run import BudgetSpec
+from assay.train.checkpoint import Checkpoints
+from assay.train.loop import read_run, train
+from tests.train.conftest import lines
+
+
+def test_a_run_leaves_what_is_promised(run, tmp_path):
+    out = tmp_path / "out"
+    result = train(run.changed({"train.budget.amount": 25}), out)
+    for name in ("run.json", "metrics.jsonl", "result.json", "loss.png", "assay_tokenizer.json"):
+        assert (out / name).is_file(), name
+    about = json.loads((out / "run.json").read_text())
+    assert about["spec"]["model"]["vocab_size"] == 257
+    assert about["versions"]["jax"]
+    assert len(about["data"]["fingerprint"]) == 64
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records] == [10, 20, 25, 25]
+    assert records[1]["tokens"] == 20 * 8 * 16
+    assert records[-1]["val_loss"] == result.val_loss
+    assert records[2]["loss"] == result.train_loss
+    assert (result.steps, result.tokens, result.finished) == (25, 25 * 8 * 16, True)
+    assert result.val_loss < math.log(257)
+    bytes_held = about["data"]["sources"][0]["held_out_bytes"]
+    tokens_held = about["data"]["sources"][0]["held_out_tokens"]
+    expected = result.val_loss * tokens_held / bytes_held / math.log(2)
+    assert result.val_bpb == pytest.approx(expected, rel=1e-6)
+    assert json.loads((out / "result.json").read_text())["val_bpb"] == result.val_bpb
+
+
+@pytest.mark.parametrize(
+    ("budget", "steps"),
+    [
+        (BudgetSpec(unit="tokens", amount=1000), 8),  # 128 tokens an update: rounded up
+        (BudgetSpec(unit="flops", amount=1e7), None),
+    ],
+)
+def test_budgets_in_other_units(run, tmp_path, budget, steps):
+    from assay.spec.accounting import flops_per_token
+
+    result = train(run.changed({"train.budget": budget.model_dump()}), tmp_path / "out")
+    a_token = flops_per_token(run.model, 16).train
+    assert result.steps == (steps or math.ceil(1e7 / (a_token * 128)))
+
+
+def test_a_budget_of_seconds_is_kept_and_decays_to_its_end(run, tmp_path):
+    budget = {"unit": "seconds", "amount": 3.0}
+    result = train(run.changed({"train.budget": budget, "schedule": "linear"}), tmp_path / "out")
+    assert result.finished
+    assert 3.0 <= result.seconds < 5.0
+    rates = [line["lr"] for line in lines(tmp_path / "out")]
+    assert rates[-1] < 0.2 * run.optimizer.lr
+
+
+def test_a_loss_that_is_no_number_stops_the_run(run, tmp_path):
+    """With the step and the cause, and the last good checkpoint whole."""
+    out = tmp_path / "out"
+    wild = run.changed(
+        {
+            "optimizer": {"kind": "sgd", "lr": 1e4},
+            "schedule": {"kind": "constant", "warmup": 0},
+            "train.checkpoint_every": 1,
+        }
+    )
+    with pytest.raises(AssayError, match=r"step \d+") as caught:
+        train(wild, out)
+    assert "nan" in str(caught.value) or "inf" in str(caught.value)
+    assert "last good one" in str(caught.value)
+    step = Checkpoints(out / "checkpoints").latest()
+    assert f"The checkpoint of step {step} is" in str(caught.value)
+    from assay.loading import load
+
+    assert load(out).step == step
+    assert not (out / "result.json").exists()
+
+
+def test_the_target_ends_the_run(run, tmp_path):
+    run = run.changed({"train.target_loss": 5.0, "train.eval_every": 5})
+    result = train(run, tmp_path / "out")
+    assert result.stopped_by == "target"
+    assert result.val_loss <= 5.0
+    assert result.steps < 40
+    assert result.steps % 5 == 0
+
+
+def test_a_mesh_that_does_not_divide_is_named(run, tmp_path):
+    with pytest.raises(AssayError, match=r"tensor=8 does not divide the \d+ of axis"):
+        train(run.changed({"mesh.tensor": 8}), tmp_path / "out")
+    with pytest.raises(AssayError, match="needs 16 devices; found 8"):
+        train(run.changed({"mesh.tensor": 2, "mesh.data": 8}), tmp_path / "out2")
+
+
+def test_tensorboard_gets_the_names_people_expect(run, tmp_path):
+    from tensorboardX.proto import event_pb2
+
+    out = tmp_path / "out"
+    train(run.changed({"train.budget.amount": 10}), out, trackers=("tensorboard",))
+    (events,) = (out / "tensorboard").iterdir()
+    raw, names = events.read_bytes(), {}
+    while raw:  # length (8 bytes), its checksum (4), the event, its checksum (4)
+        size = int.from_bytes(raw[:8], "little")
+        event = event_pb2.Event.FromString(raw[12 : 12 + size])
+        raw = raw[16 + size :]
+        names |= {value.tag: value.simple_value for value in event.summary.value}
+    assert {"train/loss", "train/lr", "train/grad_norm", "val/loss", "val/bpb"} <= names.keys()
+    assert names["train/loss"] == pytest.approx(lines(out)[-1]["loss"])
+
+
+def test_run_json_gives_the_run_back(run, tmp_path):
+    train(run.changed({"train.budget.amount": 1}), tmp_path / "out")
+    assert read_run(tmp_path / "out") == run.changed({"train.budget.amount": 1})
