@@ -404,7 +404,7 @@ def generate(
 
     Example: assay generate runs/first --prompt "The for statement" --temperature 0.7
     """
-    from assay.generate.engine import stream_text
+    from assay.generate.text import stream_text
     from assay.loading import load
 
     loaded = load(model, dtype)
@@ -433,17 +433,17 @@ def generate(
             print(piece, end="", flush=True)
     if show_text:
         print()
-    result = stream.result
+    result = stream.completion()
     for note in result.notes if not quiet else ():
         print(f"note: {note}", file=sys.stderr)
     emit(
         {
             "text": result.text,
-            "tokens": [int(i) for i in result.tokens],
+            "tokens": result.ids,
             "prompt_tokens": result.prompt_tokens,
             "finish_reason": result.finish_reason,
-            "tokens_per_second": result.tokens_per_second,
-            "time_to_first_token": result.time_to_first_token,
+            "tokens_per_second": result.timing.tokens_per_second,
+            "time_to_first_token": result.timing.time_to_first_token,
         },
         as_json,
     )

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from assay.data import loader
 from assay.evaluate.perplexity import ngram_baselines
-from assay.generate.engine import stream_text
+from assay.generate.text import complete
 from assay.loading import load
 from assay.spec import presets
 from assay.train.loop import train
@@ -59,7 +59,7 @@ def run_demo(
         baselines={"unigram": unigram, "bigram": bigram},
     )
     loaded = load(folder)
-    stream = stream_text(
+    written = complete(
         loaded.model,
         loaded.tokenizer,
         PROMPT,
@@ -68,7 +68,7 @@ def run_demo(
         top_p=0.95,
         seed=0,
     )
-    sample = PROMPT + "".join(stream)
+    sample = PROMPT + written.text
     if not as_json:
         table = Table("held-out text", "bits per byte", box=None)
         table.add_row("unigram (tokens)", f"{unigram:.3f}")
