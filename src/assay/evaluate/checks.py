@@ -1,0 +1,507 @@
+"""What can be proved of a model by running it: `assay check`.
+
+Values (causality, cache, batch, bfloat16) are checked on the model as it is. What holds of the
+architecture whatever its weights (gradients) is checked on random ones, since weights of zero, as
+some projections begin, would hide a leak and stop a gradient alike.
+
+Axes: B rows, T tokens, V vocabulary, D model.
+"""
+
+import math
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Float32, Int32, Key
+
+from assay.model.cache import empty_cache
+from assay.model.loss import token_losses
+from assay.model.transformer import Transformer, abstract, merge_named, named_parameters
+from assay.spec import presets
+from assay.spec.model import AttentionSpec, TransformerSpec
+from assay.spec.run import ComputeSpec
+
+ROWS = 4
+LENGTH = 64
+"""Tokens a row, or the model's context where that is less."""
+
+SAME = 1e-6
+"""Allowed between two runs of one program on the same shapes, as a share of the largest logit.
+
+There the arithmetic of a row or place does not depend on its neighbours' values: hidden scores
+become weights of exactly 0, so a dense model is unchanged to the bit. Grouping tokens by expert
+may change the order of a sum, which costs a few units of float32's last place (1.2e-7). A leak
+through attention weighs about 1/T; one too small to be seen here shows in the gradient, which is
+held to exactly 0.
+"""
+
+CLOSE = {"float32": 1e-4, "bfloat16": 0.05}
+"""Allowed between two programs for the same thing (decoding and the full forward), likewise.
+
+Their products have other shapes, so sums run in another order, in every layer anew.
+"""
+
+BF16_ERROR = 0.1
+"""Allowed root mean square of bfloat16's error, over that of float32's centred logits."""
+
+CANCELS = 1e-3
+"""A gradient that cancels leaves rounding noise: allowed, as a share of the key matrix's."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One proof: what was the worst seen, where, and what it means."""
+
+    name: str
+    passed: bool
+    worst: float
+    where: str
+    note: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """All checks of one model; passed if every one is."""
+
+    passed: bool
+    checks: tuple[Check, ...]
+
+    def __getitem__(self, name: str) -> Check:
+        return next(check for check in self.checks if check.name == name)
+
+
+def check(
+    model: Transformer | TransformerSpec | str,
+    *,
+    seed: int = 0,
+    compute: ComputeSpec | None = None,
+    full: bool = False,
+) -> Report:
+    """Every check of a model, of an architecture at random weights, or of a preset.
+
+    Args:
+        model: a preset, by its name, is shrunk (`presets.shrink`) unless `full`.
+        seed: of the tokens, and of random weights.
+        compute: how to compute; a model's own by default.
+
+    Raises:
+        AssayError: if there is no preset of that name.
+    """
+    if isinstance(model, str):
+        spec = presets.get(model).model
+        model = spec if full else presets.shrink(spec)
+    if isinstance(model, TransformerSpec):
+        model = random = at_random(abstract(model, compute), seed)
+    else:
+        model = model if compute is None else computing(model, compute)
+        random = at_random(model, seed)
+    sample = Sample(model.spec, seed)
+    checks = (
+        causality_values(model, sample),
+        causality_gradient(random, sample),
+        cache_equality(model, sample),
+        batch_independence(model, sample),
+        gradients_reach(random, sample),
+        finite_bf16(model, sample),
+    )
+    return Report(all(c.passed for c in checks), checks)
+
+
+class Sample:
+    """Random tokens and targets [B, T], a key for the training forward, and a generator."""
+
+    def __init__(self, spec: TransformerSpec, seed: int):
+        self.rng = np.random.default_rng(seed)
+        self.vocab = spec.vocab_size
+        shape = (ROWS, min(LENGTH, spec.context))
+        self.tokens = self.rng.integers(self.vocab, size=shape, dtype=np.int32)
+        self.targets = self.rng.integers(self.vocab, size=shape, dtype=np.int32)
+        self.key = jax.random.key(seed)
+
+    @property
+    def length(self) -> int:
+        return self.tokens.shape[1]
+
+    def others(self) -> Int32[np.ndarray, "b t"]:
+        """Tokens that differ from the sample's at every place."""
+        shift = self.rng.integers(1, max(self.vocab, 2), size=self.tokens.shape)
+        return ((self.tokens + shift) % self.vocab).astype(np.int32)
+
+
+# ---------------------------------------------------------------------------- causality
+
+
+@jax.jit
+def both_forwards(
+    model: Transformer, tokens: Int32[Array, "b t"], key: Key[Array, ""]
+) -> dict[str, Float32[Array, "b t v"]]:
+    """Logits of the two ways a model is run.
+
+    The training forward draws what training draws (dropout), and the same whatever the tokens.
+    """
+    return {"evaluation": model(tokens), "training": model(tokens, key=key)}
+
+
+def causality_values(model: Transformer, sample: Sample) -> Check:
+    """Tokens are replaced, one or all from a place on: no logit before that place may change."""
+    before, worst = both_forwards(model, sample.tokens, sample.key), _Worst()
+    others = sample.others()
+    places = np.arange(sample.length)
+    for start in _spread(1, sample.length - 1, 5):
+        for name, changed in (
+            (f"token {start}", places == start),
+            (f"the tokens from {start} on", places >= start),
+        ):
+            tokens = np.where(changed, others, sample.tokens)
+            after = both_forwards(model, tokens, sample.key)
+            for path in before:
+                difference = _difference(after[path], before[path])[:, :start]
+                _, place = _argmax(difference)
+                worst.see(
+                    difference.max() / _scale(before[path]),
+                    f"{path} forward: logits of token {place} moved when {name} changed",
+                )
+    return worst.check("causality_values", SAME, "no logit moves when later tokens change")
+
+
+class _Nudged(nnx.Module):
+    """An embedding with something added to what it gives, to differentiate by."""
+
+    def __init__(self, embedding: nnx.Module, nudge: Float32[Array, "b t d"]):
+        self.embedding, self.nudge = embedding, nnx.data(nudge)
+        self.table = embedding.table
+
+    def __call__(self, *arguments) -> Float32[Array, "b t d"]:
+        return self.embedding(*arguments) + self.nudge
+
+
+@jax.jit
+def sight(
+    model: Transformer,
+    tokens: Int32[Array, "b t"],
+    key: Key[Array, ""],
+    place: Int32[Array, ""],
+    direction: Float32[Array, "b v"],
+) -> dict[str, Float32[Array, "b t"]]:
+    """How strongly the logits at one place depend on each token's embedding: max over D.
+
+    It is |d (logits[place] . direction) / d embedding|, for both forwards.
+    """
+
+    def gradient(key) -> Float32[Array, "b t"]:
+        def read(nudge) -> Float32[Array, "b v"]:
+            graph, state = nnx.split(model)
+            nudged = nnx.merge(graph, state)
+            nudged.embedding = _Nudged(nudged.embedding, nudge)
+            logits = nudged(tokens, key=key)
+            return jax.lax.dynamic_index_in_dim(logits, place, axis=1, keepdims=False)
+
+        shape = (*tokens.shape, model.spec.d_model)
+        _, pullback = jax.vjp(read, jnp.zeros(shape, jnp.float32))
+        return jnp.max(jnp.abs(pullback(direction)[0]), axis=-1)
+
+    return {"evaluation": gradient(None), "training": gradient(key)}
+
+
+def causality_gradient(model: Transformer, sample: Sample) -> Check:
+    """Logits have a gradient of exactly 0 by later embeddings, and not 0 by some earlier one."""
+    worst = _Worst()
+    attends = any(_looks_back(block.attention) for block in model.spec.decoder.blocks())
+    direction = sample.rng.normal(size=(ROWS, sample.vocab)).astype(np.float32)
+    for place in _spread(0, sample.length - 1, 5):
+        seen = sight(model, sample.tokens, sample.key, np.int32(place), direction)
+        for path, by_token in seen.items():
+            by_token = np.nan_to_num(np.asarray(by_token), nan=np.inf)
+            later = by_token[:, place + 1 :]
+            if later.size:
+                _, at = _argmax(later)
+                worst.see(
+                    later.max() / max(by_token.max(), np.finfo(np.float32).tiny),
+                    f"{path} forward: logits of token {place} have a gradient by the embedding "
+                    f"of token {place + 1 + at}",
+                )
+            blind = not by_token[:, place].any()
+            if blind or (attends and place and not by_token[:, :place].any()):
+                what = "its own embedding" if blind else "any earlier embedding"
+                worst.see(
+                    math.inf,
+                    f"{path} forward: logits of token {place} have no gradient by {what}",
+                )
+    return worst.check("causality_gradient", 0.0, "exactly 0 by every later embedding")
+
+
+def _looks_back(attention: AttentionSpec | None) -> bool:
+    return attention is not None and attention.window != 1
+
+
+# ---------------------------------------------------------------------------- cache and batch
+
+
+@partial(jax.jit, static_argnames="prompt")
+def decoded(
+    model: Transformer, tokens: Int32[Array, "b t"], lengths: Int32[Array, "b"], prompt: int
+) -> tuple[Float32[Array, "b p v"], Float32[Array, "s b v"]]:
+    """Logits of a prefill of `prompt` tokens, and of decoding the rest from each row's length.
+
+    Step i of the second stands at place `lengths + i`; past the row's end it means nothing.
+    """
+    rows, total = tokens.shape
+    cache = empty_cache(model.spec, rows, total, model.compute.dtype)
+    first, cache = model(tokens[:, :prompt], cache=cache)
+
+    def step(cache, i):
+        places = jnp.minimum(lengths + i, total - 1)
+        token = jnp.take_along_axis(tokens, places[:, None], axis=1)
+        logits, cache = model(token, cache=cache)
+        return cache, logits[:, 0]
+
+    _, later = jax.lax.scan(step, cache.with_lengths(lengths), jnp.arange(total - 1))
+    return first, later
+
+
+def cache_equality(model: Transformer, sample: Sample) -> Check:
+    """Prompts of different lengths prefilled together, then token by token: as the full forward."""
+    full = np.asarray(both_forwards(model, sample.tokens, sample.key)["evaluation"])
+    total, worst = sample.length, _Worst()
+    prompt = max(1, total // 2)
+    lengths = np.linspace(prompt, 1, ROWS).astype(np.int32)
+    first, later = map(np.asarray, decoded(model, sample.tokens, lengths, prompt))
+    for row, length in enumerate(lengths):
+        cached = np.concatenate([first[row, :length], later[: total - length, row]])
+        difference = _difference(cached, full[row])
+        _, place = _argmax(difference)
+        step = "prefill" if place < length else "decoding"
+        worst.see(
+            difference.max() / _scale(full),
+            f"{step}: logits of token {place} after a prompt of {length}",
+        )
+    dtype = model.compute.dtype
+    return worst.check("cache_equality", CLOSE[dtype], f"of the largest logit, in {dtype}")
+
+
+def batch_independence(model: Transformer, sample: Sample) -> Check:
+    """All rows but one are replaced: that one's logits may not change."""
+    before, worst = both_forwards(model, sample.tokens, sample.key), _Worst()
+    others = sample.others()
+    for row in range(ROWS):
+        tokens = others.copy()
+        tokens[row] = sample.tokens[row]
+        after = both_forwards(model, tokens, sample.key)
+        for path in before:
+            difference = _difference(after[path], before[path])[row]
+            worst.see(
+                difference.max() / _scale(before[path]),
+                f"{path} forward: logits of token {difference.argmax()} in row {row} moved when "
+                f"the other rows changed",
+            )
+    note = "bit-exact" if worst.value == 0 else "of the largest logit: sums in another order"
+    return worst.check("batch_independence", SAME, note)
+
+
+# ---------------------------------------------------------------------------- gradients
+
+
+@dataclass(frozen=True)
+class Unreached:
+    """Entries of a parameter that no gradient can reach, and why.
+
+    units: bool, over the entries of the parameter that are told apart (see `_units`).
+    cancels: the gradient is a sum that cancels, so rounding leaves a little; otherwise it is 0.
+    """
+
+    units: np.ndarray
+    reason: str
+    cancels: bool = False
+
+
+def unreached(
+    spec: TransformerSpec, tokens: Int32[np.ndarray, "b t"]
+) -> Iterator[tuple[str, Unreached]]:
+    """The proved exceptions: parameters, by name, that get no gradient from these tokens."""
+    rows = np.arange(spec.padded_vocab)
+    padding = rows >= spec.vocab_size
+    tied = spec.head is not None and spec.head.tied
+    absent = ~np.isin(rows, tokens)
+    if padding.any():
+        why = "these rows only pad the vocabulary"
+        for name in ("embedding.table", "head.w", "head.b"):
+            yield name, Unreached(padding, why)
+    if not tied:
+        yield "embedding.table", Unreached(absent, "these tokens are not in the batch")
+    beyond = np.arange(spec.context) >= tokens.shape[1]
+    yield "embedding.positions", Unreached(beyond, "these places are not in the batch")
+    for i, block in enumerate(spec.decoder.blocks()):
+        attention = block.attention
+        if attention is None or attention.positions.kind == "rope" or attention.softcap:
+            continue  # a rotation or a cap makes the scores differ by more than a constant
+        # q . (k + b) = q . k + q . b: the same for every key, which the softmax does not see.
+        name = "k.b" if attention.qk_norm is None else "k_norm.bias"
+        yield (
+            f"layers.{i}.attention.{name}",
+            Unreached(np.ones(1, bool), "it cancels in the softmax", cancels=True),
+        )
+
+
+@jax.jit
+def gradients(
+    model: Transformer, tokens: Int32[Array, "b t"], targets: Int32[Array, "b t"]
+) -> tuple[Float32[Array, "b t v"], Transformer]:
+    """Logits, and the mean loss's gradient as a model."""
+
+    def loss(model):
+        logits = model(tokens)
+        return jnp.mean(token_losses(logits, targets)), logits
+
+    gradient, logits = jax.grad(loss, has_aux=True)(model)
+    return logits, gradient
+
+
+def gradients_reach(model: Transformer, sample: Sample) -> Check:
+    """Every parameter, table row and vocabulary column has a gradient, but the exceptions.
+
+    An exception that has one fails too. In float32; of a matrix, some entry must have one, since
+    a unit that no token of the batch activates is chance.
+    """
+    model = computing(model, model.compute.replace(dtype="float32"))
+    _, gradient = gradients(model, sample.tokens, sample.targets)
+    sizes = {name: _units(name, np.asarray(g)) for name, g in named_parameters(gradient).items()}
+    excused = {name: np.zeros(len(units), bool) for name, units in sizes.items()}
+    wrong, notes = [], []
+    for name, exception in unreached(model.spec, sample.tokens):
+        if name not in sizes or not exception.units.any():
+            continue
+        allowed = 0.0
+        if exception.cancels:
+            allowed = CANCELS * sizes[name.rpartition("attention.")[0] + "attention.k.w"].max()
+        has = exception.units & ~(sizes[name] <= allowed)
+        if has.any():
+            size = sizes[name][has].max()
+            wrong.append((size, f"{_spot(name, has)} has a gradient, though {exception.reason}"))
+        excused[name] |= exception.units
+        notes.append(f"{name}: {exception.reason}")
+    for name, units in sizes.items():
+        silent = ~excused[name] & ~((units > 0) & np.isfinite(units))
+        if silent.any():
+            what = "no gradient" if (units[silent] == 0).all() else "a gradient that is not finite"
+            wrong.append((0.0, f"{_spot(name, silent)} gets {what}"))
+    worst = max((size for size, _ in wrong), default=0.0)
+    where = "; ".join(text for _, text in wrong[:3]) + ("; …" if len(wrong) > 3 else "")
+    note = "exceptions: " + "; ".join(notes) if notes else "no exceptions"
+    return Check("gradients_reach", not wrong, float(worst), where, note)
+
+
+def _units(name: str, gradient: np.ndarray) -> np.ndarray:
+    """The largest gradient in each unit: a table's row, a vocabulary column, or the whole."""
+    size = np.abs(gradient)
+    match name:
+        case "embedding.table" | "embedding.positions":
+            return size.max(axis=1)
+        case "head.w":
+            return size.max(axis=0)
+        case "head.b":
+            return size
+    return size.max().reshape(1)
+
+
+def _spot(name: str, units: np.ndarray) -> str:
+    return name if len(units) == 1 else f"{name}[{int(units.argmax())}]"
+
+
+# ---------------------------------------------------------------------------- bfloat16
+
+
+def finite_bf16(model: Transformer, sample: Sample) -> Check:
+    """Logits and gradients in bfloat16 are finite, and the logits close to float32's."""
+    name = "finite_bf16"
+    exact = computing(model, model.compute.replace(dtype="float32"))
+    wanted = np.asarray(both_forwards(exact, sample.tokens, sample.key)["evaluation"])
+    rounded = computing(model, model.compute.replace(dtype="bfloat16"))
+    logits, gradient = gradients(rounded, sample.tokens, sample.targets)
+    found = {"logits": logits}
+    found |= {f"gradient of {k}": g for k, g in named_parameters(gradient).items()}
+    for what, array in found.items():
+        if not np.isfinite(np.asarray(array, np.float32)).all():
+            return Check(name, False, math.inf, what, "not finite in bfloat16")
+    error = np.asarray(logits, np.float64) - wanted
+    centred = wanted - wanted.mean(axis=-1, keepdims=True)
+    ratio = _rms(error) / max(_rms(centred), np.finfo(np.float32).tiny)
+    place = np.unravel_index(np.abs(error).argmax(), error.shape)[1]
+    note = f"rms error over the rms of float32's centred logits, at most {BF16_ERROR}"
+    return Check(name, bool(ratio <= BF16_ERROR), ratio, f"most at token {place}", note)
+
+
+# ---------------------------------------------------------------------------- helpers
+
+
+def computing(model: Transformer, compute: ComputeSpec) -> Transformer:
+    """The same arrays, computed in another dtype; layers stay stacked or not as they are."""
+    graph, state = nnx.split(model)
+    other = nnx.merge(graph, state)
+    other.compute = model.compute.replace(dtype=compute.dtype, remat=compute.remat)
+    return other
+
+
+def at_random(model: Transformer, seed: int) -> Transformer:
+    """The same (perhaps abstract) model, every parameter drawn anew: none is 0, signals are O(1).
+
+    Matrices have variance 1 / fan_in, tables 1 / D, norm scales are about 1, biases about 0.
+    """
+
+    def draw(name: str, shape: tuple[int, ...]) -> Float[np.ndarray, "..."]:
+        rng = np.random.default_rng((seed, zlib.crc32(name.encode())))
+        noise = rng.standard_normal(shape, np.float32)
+        if len(shape) == 1:
+            return 0.2 * noise + name.endswith(".scale")
+        fan_in = shape[-1] if name.startswith("embedding.") else shape[-2]
+        return noise / np.float32(math.sqrt(fan_in))
+
+    named = named_parameters(model)
+    drawn = {name: draw(name, leaf.shape).astype(leaf.dtype) for name, leaf in named.items()}
+    return merge_named(model, drawn)
+
+
+class _Worst:
+    """The largest value seen, and where."""
+
+    def __init__(self):
+        self.value, self.where = 0.0, ""
+
+    def see(self, value: float, where: str) -> None:
+        if not value <= self.value:
+            self.value, self.where = float(value), where
+
+    def check(self, name: str, allowed: float, note: str) -> Check:
+        return Check(name, self.value <= allowed, self.value, self.where, note)
+
+
+def _spread(first: int, last: int, count: int) -> list[int]:
+    """At most `count` different places from first to last, both ends among them."""
+    if last < first:
+        return []
+    return sorted(set(np.linspace(first, last, count).astype(int).tolist()))
+
+
+def _difference(a: Array, b: Array) -> Float32[np.ndarray, "*b"]:
+    """Largest absolute difference over the vocabulary; infinite where one is not a number."""
+    difference = np.abs(np.asarray(a, np.float32) - np.asarray(b, np.float32)).max(axis=-1)
+    return np.nan_to_num(difference, nan=np.inf)
+
+
+def _argmax(x: np.ndarray) -> tuple[int, int]:
+    """(row, place) of the largest entry of a [B, T] array; row 0 of a [T] one."""
+    x = np.atleast_2d(x)
+    row, place = np.unravel_index(x.argmax(), x.shape)
+    return int(row), int(place)
+
+
+def _scale(logits: Array) -> float:
+    return max(float(np.abs(np.asarray(logits)).max()), np.finfo(np.float32).tiny)
+
+
+def _rms(x: np.ndarray) -> float:
+    return float(np.sqrt(np.mean(np.square(x))))
