@@ -1,0 +1,54 @@
+"""Assay: decide which transformer to train.
+
+    import assay
+
+    loaded = assay.load("runs/first")
+    print(assay.generate(loaded, "The for statement", max_new_tokens=50).text)
+
+Names are imported when first used, so that `import assay` costs nothing.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from assay.errors import AssayError
+
+if TYPE_CHECKING:
+    from assay.api import generate, load, preset, train
+    from assay.model.transformer import Transformer
+    from assay.spec.model import TransformerSpec
+    from assay.spec.run import RunSpec
+
+__all__ = [
+    "AssayError",
+    "RunSpec",
+    "Transformer",
+    "TransformerSpec",
+    "generate",
+    "load",
+    "preset",
+    "train",
+]
+
+_PLACES = {
+    "RunSpec": "assay.spec.run",
+    "Transformer": "assay.model.transformer",
+    "TransformerSpec": "assay.spec.model",
+    "load": "assay.loading",
+    "preset": "assay.api",
+}
+
+_PACKAGES = ("generate", "train")  # packages that can be called
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES and name not in _PACKAGES:
+        raise AttributeError(f"module 'assay' has no attribute '{name}'")
+    from importlib import import_module
+
+    if name in _PACKAGES:
+        return import_module(f"assay.{name}")
+    return getattr(import_module(_PLACES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

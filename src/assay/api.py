@@ -1,0 +1,41 @@
+"""Assay from Python, in three calls: `load`, `train`, `generate`."""
+
+from pathlib import Path
+from typing import Any
+
+from assay.errors import AssayError
+from assay.generate.text import Completion, complete
+from assay.loading import Loaded, load
+from assay.spec import presets
+from assay.spec.run import RunSpec
+from assay.train.loop import TrainResult
+from assay.train.loop import train as _train
+
+
+def preset(name: str, changes: dict[str, Any] | None = None) -> RunSpec:
+    """A preset's run, with the fields at some dotted paths changed.
+
+    Raises:
+        AssayError: if there is no such preset, or no such field.
+    """
+    return presets.get(name).run.changed(changes or {})
+
+
+def train(run: RunSpec | str, out: str | Path, **options: Any) -> TrainResult:
+    """Trains a run (or a preset's own, by its name) in the folder `out`.
+
+    `options` are those of `assay.train.loop.train`: resume, stop_at, reporter, trackers.
+    """
+    return _train(preset(run) if isinstance(run, str) else run, out, **options)
+
+
+def generate(model: Loaded | str | Path, prompt: str, **options: Any) -> Completion:
+    """Continues a prompt. `options` are those of `assay.generate.text.complete`.
+
+    Raises:
+        AssayError: if the model has no tokenizer.
+    """
+    loaded = model if isinstance(model, Loaded) else load(model)
+    if loaded.tokenizer is None:
+        raise AssayError(f"{loaded.name}: it has no tokenizer, so there is no text to make.")
+    return complete(loaded.model, loaded.tokenizer, prompt, **{"max_new_tokens": 200} | options)
