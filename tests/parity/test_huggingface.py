@@ -47,13 +47,6 @@ from assay.spec.run import ComputeSpec
 TOLERANCE = 1e-4
 B, T, V = 2, 24, 61
 
-# transformers copies the default rope into configs by a path that it warns about itself; ours
-# none of it. Named one by one, so that a warning of our own is still an error.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning:transformers.*"),
-    pytest.mark.filterwarnings("ignore::FutureWarning:transformers.*"),
-]
-
 LLAMA = {
     "vocab_size": V,
     "hidden_size": 32,
@@ -75,7 +68,13 @@ def scaled(kind: str, **fields) -> dict[str, Any]:
 
 LAYOUTS = {
     "gpt2": lambda: GPT2Config(
-        vocab_size=V, n_positions=64, n_embd=32, n_layer=2, n_head=4, eos_token_id=None
+        vocab_size=V,
+        n_positions=64,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        bos_token_id=None,
+        eos_token_id=None,
     ),
     "gpt2-relu": lambda: GPT2Config(
         vocab_size=V,
@@ -88,6 +87,7 @@ LAYOUTS = {
         layer_norm_epsilon=1e-3,
         scale_attn_weights=False,
         tie_word_embeddings=False,
+        bos_token_id=None,
         eos_token_id=None,
     ),
     "llama": lambda: LlamaConfig(**LLAMA),
@@ -197,8 +197,7 @@ def test_logits(layout, compute):
     ex = example(layout)
     with torch.no_grad():
         wanted = ex.theirs(torch.from_numpy(ex.tokens)).logits
-    found = jax.jit(lambda model, tokens: model(tokens))(ex.ours(compute), ex.tokens)
-    assert_close(found, wanted, "logits")
+    assert_close(ex.ours(compute)(ex.tokens), wanted, "logits")
 
 
 @dataclass(frozen=True)
@@ -324,7 +323,10 @@ def test_rotary_frequencies(layout):
 
 @every_way(["gpt2", "qwen3", "llama-biases"], thoroughly=())
 def test_gradients(layout, compute):
-    """Of the mean cross-entropy with respect to every weight, 1e-4 of the largest in it."""
+    """Of the mean cross-entropy with respect to every weight, 1e-4 of the largest in it.
+
+    Under jit, with the logits that it gives on the way.
+    """
     ex = example(layout)
     tokens = torch.from_numpy(ex.tokens)
     ex.theirs.zero_grad()
@@ -335,9 +337,12 @@ def test_gradients(layout, compute):
     ex.theirs.zero_grad()
 
     def objective(model):
-        return jnp.mean(token_losses(model(ex.tokens[:, :-1]), jnp.asarray(ex.tokens[:, 1:])))
+        out = model(ex.tokens[:, :-1])
+        return jnp.mean(token_losses(out, jnp.asarray(ex.tokens[:, 1:]))), out
 
-    ours, grads = jax.jit(jax.value_and_grad(objective))(ex.ours(compute))
+    step = jax.jit(jax.value_and_grad(objective, has_aux=True))
+    (ours, out), grads = step(ex.ours(compute))
+    assert_close(out, logits, "logits")
     assert float(ours) == pytest.approx(loss.item(), rel=1e-5)
     found = to_huggingface(named_parameters(grads), ex.spec)
     assert found.keys() == wanted.keys()

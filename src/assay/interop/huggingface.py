@@ -26,6 +26,7 @@ from assay.errors import AssayError
 from assay.interop.huggingface_config import (
     config_from_spec,
     family_of,
+    known_family,
     model_type,
     spec_from_config,
 )
@@ -214,7 +215,7 @@ def layout(spec: TransformerSpec, family: str | None = None) -> list[Tensor]:
     Raises:
         AssayError: if a parameter has no place in the family's table.
     """
-    family = family or family_of(spec)
+    family = known_family(family or family_of(spec))
     shapes = {name: leaf.shape for name, leaf in named_parameters(abstract(spec)).items()}
     tensors, placed = [], set()
 
@@ -274,7 +275,7 @@ def iterate_ours(
         AssayError: if a tensor is missing, unexpected, not of floats, not finite, or of another
             shape; or if a tied head is there and is not the embedding.
     """
-    family = family or family_of(spec)
+    family = known_family(family or family_of(spec))
     wanted = layout(spec, family)
     where = _locate(tensors, wanted, TABLES[family].prefix, spec)
     for tensor in wanted:
@@ -435,7 +436,7 @@ def save_folder(
     path = Path(path)
     if path.exists():
         raise AssayError(f"{path}: already exists; nothing was written.")
-    family = family or family_of(spec)
+    family = known_family(family or family_of(spec))
     config = config_from_spec(spec, family) | {"dtype": "float32"}
     unfinished = path.with_name(path.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)

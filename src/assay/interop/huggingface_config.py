@@ -72,9 +72,7 @@ def config_from_spec(spec: TransformerSpec, family: str | None = None) -> Config
     """
     if family is None:
         family = family_of(spec)
-    elif family not in CONFIG_FAMILIES:
-        raise AssayError(f"'{family}' is no supported family; {_supported(family)}")
-    elif reason := _what_is_lost(spec, family):
+    elif reason := _what_is_lost(spec, known_family(family)):
         raise AssayError(f"{reason}.")
     return _write(spec, family)
 
@@ -86,11 +84,20 @@ def model_type(config: Mapping[str, Any]) -> str:
         AssayError: if it is not among those supported, which are named.
     """
     found = config.get("model_type")
-    if found not in CONFIG_FAMILIES:
-        raise AssayError(
-            f"config.json: model_type is {found!r}, not supported; {_supported(found)}"
-        )
+    if not isinstance(found, str) or found not in CONFIG_FAMILIES:
+        raise AssayError(f"config.json: model_type is {found!r}, not supported; {_supported()}")
     return found
+
+
+def known_family(name: str) -> str:
+    """The same name.
+
+    Raises:
+        AssayError: if no family has it; those supported are named.
+    """
+    if name not in CONFIG_FAMILIES:
+        raise AssayError(f"'{name}' is no supported family; {_supported()}")
+    return name
 
 
 def family_of(spec: TransformerSpec) -> str:
@@ -108,8 +115,8 @@ def family_of(spec: TransformerSpec) -> str:
     raise AssayError(f"no Hugging Face family can hold this architecture: {'; '.join(reasons)}.")
 
 
-def _supported(name: Any) -> str:
-    return did_you_mean(str(name), CONFIG_FAMILIES)
+def _supported() -> str:
+    return f"supported are: {', '.join(CONFIG_FAMILIES)}."
 
 
 def _write(spec: TransformerSpec, family: str) -> Config:
