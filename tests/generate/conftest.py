@@ -1,29 +1,39 @@
 """Small models whose every parameter matters: no zero weights, no norm scale of exactly 1."""
 
+import zlib
 from functools import lru_cache
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from assay.model.transformer import Transformer, merge_named, named_parameters
+from assay.model.transformer import Transformer, abstract, merge_named, named_parameters
 from assay.spec.model import TransformerSpec
 from assay.spec.run import ComputeSpec
 
 
 @lru_cache
 def _noisy(spec: TransformerSpec, compute: ComputeSpec) -> Transformer:
-    model = Transformer(spec, compute, rngs=jax.random.key(0))
-    named = named_parameters(model)
-    keys = jax.random.split(jax.random.key(1), len(named))
-    moved = {
-        name: value + 0.2 * jax.random.normal(key, value.shape, jnp.float32)
-        for key, (name, value) in zip(keys, sorted(named.items()), strict=True)
-    }
-    return merge_named(model, moved)
+    model = abstract(spec, compute)
+
+    def values(name: str, shape: tuple[int, ...]):
+        noise = 0.2 * np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape)
+        return jnp.asarray(noise + name.endswith("norm.scale"), jnp.float32)
+
+    shapes = {name: leaf.shape for name, leaf in named_parameters(model).items()}
+    return merge_named(model, {name: values(name, shape) for name, shape in shapes.items()})
 
 
 @pytest.fixture(scope="session")
 def noisy():
     """noisy(spec, **compute fields): a model of that spec with noise on every parameter."""
     return lambda spec, **compute: _noisy(spec, ComputeSpec(**compute))
+
+
+@pytest.fixture(scope="module")
+def quick_to_compile():
+    """These programs are run for milliseconds: XLA is not to spend seconds on making them fast."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

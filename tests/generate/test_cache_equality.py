@@ -29,6 +29,8 @@ from assay.spec.model import (
 )
 from assay.spec.presets import PRESETS, shrink, vary
 
+pytestmark = pytest.mark.usefixtures("quick_to_compile")
+
 nano = PRESETS["nano"].model
 gpt2 = PRESETS["gpt2"].model
 (block,) = nano.decoder.pattern
@@ -108,7 +110,7 @@ LENGTHS = (3, 8, 5)
 @pytest.mark.parametrize("name", SPECS)
 def test_prefill_and_decode_equal_the_full_forward(name, noisy):
     model = noisy(SPECS[name])
-    tokens = jax.random.randint(jax.random.key(2), (3, 24), 0, SPECS[name].vocab_size)
+    tokens = np.random.default_rng(2).integers(0, SPECS[name].vocab_size, (3, 24), np.int32)
     full, prefill, steps = map(np.asarray, both_ways(model, tokens, jnp.array(LENGTHS)))
     assert full.std() > 0.01
     for row, length in enumerate(LENGTHS):
@@ -117,30 +119,30 @@ def test_prefill_and_decode_equal_the_full_forward(name, noisy):
         np.testing.assert_allclose(steps[:, row], decoded, atol=1e-4, rtol=0)
 
 
-PROMPTS = ([1, 2, 3], [9], [5, 4, 3, 2, 1, 6, 7], list(range(11)))
+PROMPTS = ([1, 2, 3], [7, 6, 5, 4, 3, 2, 1, 0], [9])
 
 
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("name", [*PRESETS, "window", "sinusoidal", "yarn, capped"])
 def test_greedy_is_the_argmax_of_the_full_forward(name, noisy):
     """The model being causal, one forward of the outcome is every forward that led to it."""
     model = noisy(SPECS[name])
     result = generate(model, PROMPTS, max_new_tokens=16, temperature=0.0)
     rows = [[*prompt, *ids] for prompt, ids in zip(PROMPTS, result.ids, strict=True)]
-    padded = np.stack([np.pad(row, (0, 32 - len(row))) for row in rows])
-    logits = np.asarray(jax.jit(lambda m, t: m(t))(model, jnp.asarray(padded)))
+    tokens = np.stack([np.pad(row, (0, 24 - len(row))) for row in rows]).astype(np.int32)
+    logits = np.asarray(both_ways(model, tokens, jnp.array(LENGTHS))[0])
     logprobs = np.asarray(jax.nn.log_softmax(logits))
     for i, (prompt, ids) in enumerate(zip(PROMPTS, result.ids, strict=True)):
         places = np.arange(len(prompt) - 1, len(prompt) + 15)
         assert ids == logits[i, places].argmax(-1).tolist()
         np.testing.assert_allclose(result.logprobs[i], logprobs[i, places, ids], atol=1e-4, rtol=0)
-    assert result.finish_reasons == ["length"] * 4
+    assert result.finish_reasons == ["length"] * 3
     assert result.notes == ()
 
 
-@pytest.mark.parametrize("name", ["gpt2", "nano", "window", "bigram"])
+@pytest.mark.parametrize("name", ["gpt2", "window", "bigram"])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_row_is_the_same_alone(name, temperature, noisy):
     settings = {"max_new_tokens": 20, "temperature": temperature, "top_p": 0.9}
-    together = generate(noisy(SPECS[name]), PROMPTS, seed=[3, 3, 8, 2], **settings)
-    for prompt, seed, ids in zip(PROMPTS, [3, 3, 8, 2], together.ids, strict=True):
+    together = generate(noisy(SPECS[name]), PROMPTS, seed=[3, 3, 8], **settings)
+    for prompt, seed, ids in zip(PROMPTS, [3, 3, 8], together.ids, strict=True):
         assert generate(noisy(SPECS[name]), prompt, seed=seed, **settings).ids == [ids]

@@ -277,7 +277,7 @@ class Session:
         # Buckets bound how many programs are compiled. A learned table bounds the prompt's.
         padded = max(_power_of_two(lengths.max()), 8)
         padded = min(padded, spec.context) if learned else padded
-        slots = max(padded, int((lengths + new).max()))
+        slots = max(padded, int((lengths + new).max()), 64)
         slots = _power_of_two(slots) if slots <= 256 else -(-slots // 256) * 256
         stop_bucket = max(_power_of_two(len(stops)), 8)
 

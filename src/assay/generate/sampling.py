@@ -133,7 +133,8 @@ def truncate(
 
 def _ranks(x: Float32[Array, "b v"]) -> UInt32[Array, "b v"]:
     """Integers in the order of the floats: their bits, the negative ones turned round."""
-    bits = jax.lax.bitcast_convert_type(x + 0.0, jnp.uint32)  # + 0.0: there is one zero
+    x = jnp.where(x == 0, 0.0, x)  # there is one zero
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
     sign = jnp.uint32(1 << 31)
     return jnp.where(bits >= sign, ~bits, bits | sign)
 
