@@ -69,7 +69,7 @@ SPEC = tiny()
 
 def test_all_that_is_rare_at_once_passes():
     spec = tiny(
-        AttentionSpec(heads=4, kv_heads=2, qkv_bias=True, window=5, softcap=3.0, dropout=0.1),
+        AttentionSpec(heads=4, kv_heads=2, window=5, softcap=3.0, dropout=0.1),
         context=70,  # longer than the sample: some positions are never reached
         vocab_size=61,
         vocab_multiple=16,
