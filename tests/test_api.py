@@ -29,6 +29,7 @@ def test_three_calls_from_preset_to_text(tmp_path):
     )
     result = assay.train(run, tmp_path / "out")
     assert result.steps == 3
+    assert (tmp_path / "out" / "loss.png").read_bytes().startswith(b"\x89PNG")
     loaded = assay.load(tmp_path / "out")
     assert loaded.step == 3
     first = assay.generate(loaded, "to be", max_new_tokens=5, temperature=0)

@@ -10,6 +10,7 @@ from assay.spec import presets
 from assay.spec.run import RunSpec
 from assay.train.loop import TrainResult
 from assay.train.loop import train as _train
+from assay.train.plot import plot_losses
 
 
 def preset(name: str, changes: dict[str, Any] | None = None) -> RunSpec:
@@ -22,11 +23,14 @@ def preset(name: str, changes: dict[str, Any] | None = None) -> RunSpec:
 
 
 def train(run: RunSpec | str, out: str | Path, **options: Any) -> TrainResult:
-    """Trains a run (or a preset's own, by its name) in the folder `out`.
+    """Trains a run (or a preset's own, by its name) in the folder `out`; draws `loss.png`.
 
     `options` are those of `assay.train.loop.train`: resume, stop_at, reporter, trackers.
     """
-    return _train(preset(run) if isinstance(run, str) else run, out, **options)
+    run = preset(run) if isinstance(run, str) else run
+    result = _train(run, out, **options)
+    plot_losses(Path(out), title=run.preset or Path(out).name)
+    return result
 
 
 def generate(model: Loaded | str | Path, prompt: str, **options: Any) -> Completion:

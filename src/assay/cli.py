@@ -265,7 +265,7 @@ def train(
     folder = out_folder or _next_folder(preset or "run")
     run = _configure(preset, changes, folder if resume else None)
 
-    from assay.train.loop import train as run_training
+    from assay.api import train as run_training
     from assay.train.progress import default_reporter
 
     trackers = tuple(name for name, on in (("tensorboard", tensorboard), ("wandb", wandb)) if on)

@@ -53,8 +53,7 @@ def run_demo(
     )
     unigram, bigram = baselines.unigram, baselines.bigram
     picture = plot_losses(
-        folder / "metrics.jsonl",
-        folder / "loss.png",
+        folder,
         title=f"nano on {corpus}, {result.seconds:.0f} s on {run.mesh.devices} CPU",
         baselines={"unigram": unigram, "bigram": bigram},
     )

@@ -13,7 +13,7 @@ from tests.train.conftest import lines
 def test_a_run_leaves_what_is_promised(run, tmp_path):
     out = tmp_path / "out"
     result = train(run.changed({"train.budget.amount": 25}), out)
-    for name in ("run.json", "metrics.jsonl", "result.json", "loss.png", "assay_tokenizer.json"):
+    for name in ("run.json", "metrics.jsonl", "result.json", "assay_tokenizer.json"):
         assert (out / name).is_file(), name
     about = json.loads((out / "run.json").read_text())
     assert about["spec"]["model"]["vocab_size"] == 257

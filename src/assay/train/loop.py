@@ -26,7 +26,6 @@ from assay.spec.accounting import flops_per_token
 from assay.spec.run import RunSpec
 from assay.startup import keep_compiled_programs
 from assay.train.checkpoint import Checkpoints, write_json
-from assay.train.plot import plot_losses
 from assay.train.progress import Reporter, Silent
 from assay.train.speed import peak_flops
 from assay.train.step import TrainState, initial_state, make_step, state_shardings
@@ -70,7 +69,7 @@ def train(
     """Trains as `run` says, in the folder `out`.
 
     The folder gets `run.json`, `metrics.jsonl`, `checkpoints/`, the tokenizer, and at the end
-    `result.json` and `loss.png`. `stop_at` stops after so many steps, the schedule unchanged.
+    `result.json`. `stop_at` stops after so many steps, the schedule unchanged.
 
     Raises:
         AssayError: if the folder holds another run; if the data is no good; if the loss is no
@@ -107,7 +106,8 @@ def _train(
     model = abstract(run.model, run.compute)
     form, step_function = layout(run.model, run.compute), make_step(run, model)
     if mesh is None:
-        state = jax.jit(lambda: initial_state(run))()
+        # Not jitted: one small program a shape compiles sooner than one large one for all.
+        state = initial_state(run)
         update = jax.jit(step_function, donate_argnums=0)
     else:
         places = state_shardings(
@@ -211,7 +211,6 @@ def _train(
         finished=finished,
         stopped_by=why,
     )
-    plot_losses(out / "metrics.jsonl", out / "loss.png", title=f"{run.preset or out.name}")
     if finished:
         write_json(out / "result.json", asdict(result))
     return result
@@ -319,11 +318,8 @@ def read_result(out: Path | str) -> TrainResult | None:
 
 def _save(checkpoints: Checkpoints, state: TrainState, position, form: Layout, log: "_Log"):
     """Saves, if every parameter is still a number: a checkpoint is good or it is not there."""
-    bad = [
-        name
-        for name, leaf in name_leaves(state.params, form).items()
-        if not bool(jnp.isfinite(leaf).all())
-    ]
+    finite = jax.device_get(_all_finite(name_leaves(state.params, form)))
+    bad = [name for name, good in finite.items() if not good]
     if bad:
         raise AssayError(
             f"the update of step {int(state.step)} left numbers that are not finite in "
@@ -333,6 +329,11 @@ def _save(checkpoints: Checkpoints, state: TrainState, position, form: Layout, l
     spent = {"seconds": log.clock.elapsed(), "tokens": log.tokens}
     checkpoints.save(state, position, form, {"spent": spent})
     log.saved = int(state.step)
+
+
+@jax.jit
+def _all_finite(named: dict) -> dict:
+    return {name: jnp.isfinite(leaf).all() for name, leaf in named.items()}
 
 
 # ---------------------------------------------------------------------------- the log

@@ -6,16 +6,20 @@ from pathlib import Path
 
 
 def plot_losses(
-    metrics: Path, picture: Path, *, title: str, baselines: Mapping[str, float] | None = None
-) -> Path:
-    """Draws training and held-out loss as a PNG, in bits a byte where that is known.
+    out: Path, *, title: str, baselines: Mapping[str, float] | None = None
+) -> Path | None:
+    """Draws a run's losses into `loss.png` in its folder, in bits a byte where that is known.
 
-    `baselines` are horizontal lines, by name.
+    `baselines` are horizontal lines, by name. Returns the picture's path; None where there is
+    nothing to draw yet.
     """
     from matplotlib.figure import Figure  # the object alone: no window system, no global state
 
-    records = [json.loads(line) for line in metrics.read_text().splitlines()]
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
     training = [r for r in records if "loss" in r]
+    if not training:
+        return None
     tokens_at = {r["step"]: r["tokens"] for r in training}
     bits = all("bpb" in r for r in training)
     held_out = [
@@ -52,5 +56,6 @@ def plot_losses(
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
+    picture = out / "loss.png"
     figure.savefig(picture)
     return picture

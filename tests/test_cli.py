@@ -1,0 +1,179 @@
+"""The command as scripts use it: fields of --json, exit statuses, one plain sentence."""
+
+import json
+import sys
+
+import pytest
+
+from assay import cli
+from tests.train.conftest import made_text
+
+
+@pytest.fixture
+def assay(monkeypatch, capsys):
+    """Runs the command in this process: (status, standard output, standard error)."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["assay", *map(str, arguments)])
+        try:
+            cli.main()
+            status = 0
+        except SystemExit as end:
+            status = end.code or 0
+        out, err = capsys.readouterr()
+        return status, out, err
+
+    return run
+
+
+@pytest.fixture
+def last_json(assay):
+    def run(*arguments):
+        status, out, err = assay(*arguments, "--json")
+        assert status == 0, err
+        return json.loads(out.splitlines()[-1])
+
+    return run
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    path = tmp_path / "corpus.txt"
+    path.write_text(made_text(2000))
+    return path
+
+
+SMALL = (
+    *("--set", "model.decoder.num_layers=1", "--set", "model.d_model=32"),
+    *("--set", "model.decoder.pattern.0.feed_forward.hidden=64"),
+    *("--seq-len", 16, "--batch-size", 4, "--tokenizer", "byte", "--quiet"),
+)
+
+
+def test_presets_lists_every_one(last_json):
+    rows = {row["name"]: row for row in last_json("presets")["presets"]}
+    assert rows["gpt2"]["total_params"] == 124_439_808
+    assert rows["llama-3-8b"]["context"] == 8192
+    assert rows["bigram"]["total_params"] == 257**2
+    fields = "name family source total_params active_params context vocabulary".split()
+    assert all(list(row) == fields and row["source"] for row in rows.values())
+
+
+def test_show_tells_what_an_architecture_costs(last_json, assay):
+    shown = last_json("show", "gpt2")
+    assert shown["total_params"] == shown["active_params"] == sum(shown["parameters"].values())
+    assert shown["kv_bytes_per_token"] == 2 * 12 * 768 * 4
+    assert shown["flops_per_token_train"] == 3 * shown["flops_per_token_forward"]
+    assert shown["spec"]["d_model"] == 768
+    changed = last_json("show", "gpt2", "--set", "model.decoder.num_layers=6")
+    assert changed["spec"]["decoder"]["num_layers"] == 6
+    _, out, _ = assay("show", "gpt2")
+    assert "124,439,808" in out
+
+
+def test_corpora_are_listed(last_json):
+    names = [row["name"] for row in last_json("corpora")["corpora"]]
+    assert {"python-docs", "python-stdlib", "shakespeare"} <= set(names)
+
+
+def test_train_generate_eval_and_train_again(last_json, assay, corpus, tmp_path):
+    out = tmp_path / "run"
+    result = last_json("train", "nano", "--data", corpus, "--steps", 6, "--out", out, *SMALL)
+    fields = "out steps tokens train_loss val_loss val_bpb seconds compile_seconds"
+    assert {*fields.split(), "tokens_per_second", "mfu"} <= result.keys()
+    assert (result["steps"], result["tokens"]) == (6, 6 * 4 * 16)
+    assert (out / "loss.png").is_file()
+
+    scored = last_json("eval", out)
+    assert scored["bpb"] == pytest.approx(result["val_bpb"], rel=1e-5)
+    assert scored["bytes"] == corpus.stat().st_size - int(corpus.stat().st_size * 0.9)
+    assert {"loss", "perplexity", "tokens"} <= scored.keys()
+
+    text = last_json(
+        *("generate", out, "--prompt", "the ", "--max-new-tokens", 8, "--temperature", 0)
+    )
+    assert len(text["tokens"]) == 8
+    assert text["prompt_tokens"] == 4
+    assert {"text", "tokens_per_second", "time_to_first_token"} <= text.keys()
+    _, plain, _ = assay(
+        *("generate", out, "--prompt", "the ", "--max-new-tokens", 8, "--temperature", 0)
+    )
+    assert plain == f"the {text['text']}\n"
+
+    assert last_json("train", "--resume", "--out", out) == result
+    status, _, err = assay("train", "gpt2", "--resume", "--out", out)
+    assert status == 2
+    assert "holds a run of 'nano', not of 'gpt2'" in err
+    status, _, err = assay("train", "--resume", "--out", out, "--lr", "0.5")
+    assert status == 2
+    assert err.startswith("assay: optimizer.lr: 0.5 is not what the run")
+    status, _, err = assay("train", "nano", "--data", corpus, "--steps", 6, "--out", out, *SMALL)
+    assert status == 2
+    assert "holds another run" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["train", "nanoo"], "did you mean 'nano'"),
+        (["train"], "PRESET"),
+        (["train", "nano", "--set", "model.decoder.num_layrs=2"], "did you mean 'num_layers'?"),
+        (["train", "nano", "--set", "model.num_layers=2"], "at decoder.num_layers"),
+        (["train", "nano", "--set", "model.decoder.pattern.*.attention.kv_heads=3"], "divide"),
+        (["train", "nano", "--optimizer", "adam"], "did you mean 'adamw'"),
+        (["train", "nano", "--steps", "3", "--seconds", "2"], "give one budget"),
+        (["train", "nano", "--data", "python-doc"], "did you mean 'python-docs'"),
+        (["train", "nano", "--mesh", "tensors=2"], "did you mean 'tensor'"),
+        (["train", "nano", "--mesh", "tensor"], "AXIS=DEVICES"),
+        (["train", "nano", "--dtype", "float16"], "did you mean 'bfloat16'"),
+        (["show", "gpt-2"], "did you mean 'gpt2'"),
+        (["generate", "gpt2", "--prompt", "x"], "no tokenizer"),
+        (["eval", "mqa"], "--data"),
+        (["check", "nowhere"], "neither a preset"),
+    ],
+)
+def test_bad_input_is_one_plain_sentence(assay, tmp_path, monkeypatch, arguments, said):
+    monkeypatch.chdir(tmp_path)
+    status, out, err = assay(*arguments)
+    assert status == 2
+    assert said in err
+    assert err.startswith("assay: ")
+    assert err.count("\n") == 1
+    assert "Traceback" not in err
+    assert not out
+    assert not list(tmp_path.iterdir()), "something was left behind"
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "empty"),
+        (b"text\x00\x01\x02" * 100, "is not text: a NUL byte at offset 4"),
+        (b"short", "shorter than one window"),
+        (None, "no such"),
+    ],
+)
+def test_a_bad_corpus_is_one_plain_sentence(assay, tmp_path, content, said):
+    path, out = tmp_path / "corpus.txt", tmp_path / "run"
+    if content is not None:
+        path.write_bytes(content)
+    status, _, err = assay("train", "nano", "--data", path, "--out", out, *SMALL)
+    assert status == 2
+    assert said in err
+    assert str(path.name) in err
+    assert err.count("\n") == 1
+    assert not out.exists()
+
+
+def test_debug_gives_the_traceback(monkeypatch):
+    from assay.errors import AssayError
+
+    monkeypatch.setattr(sys, "argv", ["assay", "show", "nothing", "--debug"])
+    with pytest.raises(AssayError):
+        cli.main()
+
+
+def test_check_says_what_it_proved(last_json):
+    report = last_json("check", "mqa")
+    assert report["passed"]
+    assert {"name", "passed", "worst", "where"} <= report["checks"][0].keys()
