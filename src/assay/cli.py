@@ -1,6 +1,7 @@
 """The `assay` command: parse, call, print. Nothing is computed here, and JAX is imported late."""
 
 import json
+import math
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -39,9 +40,17 @@ def out() -> Console:
 
 
 def emit(data: dict[str, Any], as_json: bool) -> None:
-    """The JSON object, where it was asked for."""
+    """The JSON object, where it was asked for. JSON has no infinity: such a number is null."""
     if as_json:
-        print(json.dumps(data, allow_nan=False, default=str), flush=True)
+        print(json.dumps(_finite(data), allow_nan=False, default=str), flush=True)
+
+
+def _finite(data: Any) -> Any:
+    if isinstance(data, dict):
+        return {name: _finite(value) for name, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [_finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
 def main() -> None:
