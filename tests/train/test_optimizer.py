@@ -57,7 +57,7 @@ def test_weight_decay_falls_on_matrices_and_tables_only(model):
 def test_muon_takes_the_matrices_and_adam_the_rest(model):
     spec = MuonSpec(lr=0.02, adam_lr=0.003, clip=None)
     params, grads, updates = updates_of(model, spec)
-    adam = optax.adam(0.003, b1=spec.b1, b2=spec.b2, eps=spec.epsilon)
+    adam = optax.nadam(0.003, b1=spec.b1, b2=spec.b2, eps=spec.epsilon)
     for name, parameter in params.items():
         if "table" in name or parameter.ndim < 2:
             state = adam.init(parameter)

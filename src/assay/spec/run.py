@@ -105,6 +105,8 @@ class AdamWSpec(Spec):
 class MuonSpec(Spec):
     """Muon for the blocks' matrices, AdamW at `adam_lr` for tables, vectors and the head.
 
+    `nesterov` is of both, as in Optax. Weight decay falls on the matrices.
+
     Source: Jordan et al. (2024), kellerjordan.github.io/posts/muon.
     """
 
