@@ -53,11 +53,7 @@ class IdsTokenizerSpec(Spec):
 
 
 TokenizerSpec = Annotated[
-    ByteTokenizerSpec
-    | CharTokenizerSpec
-    | BpeTokenizerSpec
-    | FileTokenizerSpec
-    | IdsTokenizerSpec,
+    ByteTokenizerSpec | CharTokenizerSpec | BpeTokenizerSpec | FileTokenizerSpec | IdsTokenizerSpec,
     Field(discriminator="kind"),
 ]
 
