@@ -51,7 +51,7 @@ demo: $(VENV)/.core  ## train, sample and compare small models: minutes on a CPU
 	$(BIN)/assay demo
 
 bench: $(VENV)/.dev  ## training speed against PyTorch, here
-	$(BIN)/assay bench train nano --against torch
+	$(BIN)/assay bench train tiny-gpt --against torch
 
 lock: $(UV)  ## resolve every dependency anew, to the newest stable versions
 	$(UV) pip compile pyproject.toml --universal --python-version 3.12 --upgrade \

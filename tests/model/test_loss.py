@@ -38,7 +38,9 @@ def test_large_logits_neither_overflow_nor_vanish():
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("transform", [lambda f: f, jax.jit, jax.checkpoint], ids=str)
+@pytest.mark.parametrize(
+    "transform", [lambda f: f, jax.jit, jax.checkpoint], ids=["plain", "jit", "remat"]
+)
 def test_gradient_against_autodiff(dtype, transform):
     logits, targets, g = example(dtype=dtype)
 

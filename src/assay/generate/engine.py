@@ -1,9 +1,9 @@
 """Prompts to tokens: one prefill, then one compiled loop over a cache of fixed size.
 
-Two programs are compiled for each shape (rows, prompt bucket, slots) and kept with the
-architecture: `prefill` reads the padded prompts and chooses each row's first token, `decode` runs
-up to n steps of a `lax.while_loop`, n being traced. Parameters are arguments of both, and the
-cache is donated to `decode`, which changes it in place.
+Three programs are compiled for each shape (rows, prompt bucket, slots) and kept: `prefill` reads
+the padded prompts, `extend` chooses a token for each row, and `decode` runs up to n steps of both
+in a `lax.while_loop`, n being traced. Parameters are arguments, and the cache is donated to
+`decode`, which changes it in place.
 
 Axes: B batch, P prompt tokens (padded), S slots of the cache, V vocabulary.
 """
@@ -74,18 +74,18 @@ def _extend(
     limits: Limits,
 ) -> tuple[Bool[Array, "b v"], Progress]:
     """Each live row takes one more token, or ends."""
-    rows = jnp.arange(logits.shape[0])
     ends, live = progress.ends, ~progress.done
     token = sampling.choose(logits, seen, rules, ends)
-    logprob = logits[rows, token] - jax.nn.logsumexp(logits, axis=-1)
+    chosen = jnp.arange(logits.shape[1])[None, :] == token[:, None]
+    logprob = jnp.sum(jnp.where(chosen, logits, 0), axis=-1) - jax.nn.logsumexp(logits, axis=-1)
     stop = live & jnp.any(token[:, None] == limits.stop_tokens[None, :], axis=-1)
-    place = jnp.where(live & ~stop, ends, progress.tokens.shape[1])  # one past the end: nowhere
-    grown = ends + (live & ~stop)
-    return seen.at[rows, token].set(True), Progress(
-        progress.tokens.at[rows, place].set(token, mode="drop"),
-        progress.logprobs.at[rows, place].set(logprob, mode="drop"),
-        grown,
-        progress.done | stop | (grown >= limits.lengths),
+    grows = live & ~stop
+    here = (jnp.arange(progress.tokens.shape[1])[None, :] == ends[:, None]) & grows[:, None]
+    return seen | chosen, Progress(
+        jnp.where(here, token[:, None], progress.tokens),
+        jnp.where(here, logprob[:, None], progress.logprobs),
+        ends + grows,
+        progress.done | stop | (ends + grows >= limits.lengths),
         progress.stopped | stop,
     )
 
@@ -97,29 +97,18 @@ def _prefill(
     parameters: list[Array],
     tokens: Int32[Array, "b p"],
     lengths: Int32[Array, "b"],
-    rules: Rules,
-    limits: Limits,
-) -> tuple[Memory, Progress]:
-    """Reads prompts padded on the right, and takes the first token of each row."""
+) -> tuple[Float32[Array, "b v"], Memory]:
+    """Reads prompts padded on the right: the logits that follow each, and what to remember."""
     model = jax.tree.unflatten(structure, parameters)
     batch, padded = tokens.shape
     rows = jnp.arange(batch)
-    cache = empty_cache(model.spec, batch, slots, cache_dtype)
-    x, cache = model.hidden(tokens, cache=cache)
-    last = x[rows, lengths - 1][:, None]
+    x, cache = model.hidden(tokens, cache=empty_cache(model.spec, batch, slots, cache_dtype))
+    logits = model.logits(x[rows, lengths - 1][:, None])[:, 0]
     valid = jnp.arange(padded)[None, :] < lengths[:, None]
     seen = jnp.zeros((batch, model.spec.vocab_size), bool)
     seen = seen.at[rows[:, None], tokens].max(valid)
-    progress = Progress(
-        jnp.pad(tokens, ((0, 0), (0, slots - padded))),
-        jnp.zeros((batch, slots), jnp.float32),
-        lengths,
-        jnp.zeros((batch,), bool),
-        jnp.zeros((batch,), bool),
-    )
-    seen, progress = _extend(model.logits(last)[:, 0], seen, progress, rules, limits)
     # What the padding left in the slots behind a prompt is never read, and is written over.
-    return Memory(cache.with_lengths(lengths), seen), progress
+    return logits, Memory(cache.with_lengths(lengths), seen)
 
 
 def _decode(
@@ -157,26 +146,33 @@ def _decode(
     return memory, progress
 
 
-class Programs:
-    """The compiled programs of one architecture, by the shapes that they take."""
+class Program:
+    """A function, compiled once for each shape of its arguments."""
 
-    def __init__(self, structure):
-        self.prefill = jax.jit(partial(_prefill, structure), static_argnums=(0, 1))
-        self.decode = jax.jit(partial(_decode, structure), donate_argnums=1)
+    def __init__(self, function, **options):
+        self.jitted = jax.jit(function, **options)
         self.compiled = {}
 
-    def get(self, name: str, statics: tuple, arguments: tuple):
-        """The executable for arguments of these shapes; compiled if it is new."""
+    def executable(self, *arguments, statics: tuple = ()):
+        """What is compiled for arguments like these (after the `statics`); called without them."""
         leaves, structure = jax.tree.flatten(arguments)
         shapes = tuple((x.shape, x.dtype, getattr(x, "sharding", None)) for x in leaves)
-        key = (name, statics, structure, shapes)
+        key = (statics, structure, shapes)
         if key not in self.compiled:
-            self.compiled[key] = getattr(self, name).lower(*statics, *arguments).compile()
+            self.compiled[key] = self.jitted.lower(*statics, *arguments).compile()
         return self.compiled[key]
 
 
-_programs = lru_cache(maxsize=32)(Programs)
-"""By tree structure, so that two models of one architecture share their programs."""
+@lru_cache(maxsize=32)
+def _programs(structure) -> tuple[Program, Program]:
+    """`prefill` and `decode` of a tree structure: models of one architecture share them."""
+    return (
+        Program(partial(_prefill, structure), static_argnums=(0, 1)),
+        Program(partial(_decode, structure), donate_argnums=1),
+    )
+
+
+_extend_program = Program(_extend)
 
 
 # ---------------------------------------------------------------------------- on the host
@@ -187,9 +183,10 @@ class Timing:
     """Wall time on the host's clock, without compilation.
 
     `time_to_first_token`: from handing the padded prompts to the compiled prefill until the first
-    token of every row is on the host. `decode_seconds`: the sum over all calls of the compiled
-    decode loop, each until its tokens are on the host; it yields every row's tokens but the
-    first, `decode_tokens` in all (stop tokens are computed, but not counted).
+    token of every row is on the host (less compiling `extend` in between, the first time).
+    `decode_seconds`: the sum over all calls of the compiled decode loop, each until its tokens are
+    on the host; it yields every row's tokens but the first, `decode_tokens` in all (stop tokens
+    are computed, but not counted).
     """
 
     compile_seconds: float = 0.0
@@ -244,7 +241,7 @@ class Generator:
             }
             model = merge_named(abstract(self.spec, compute.replace(scan_layers=False)), parameters)
         self.parameters, structure = jax.tree.flatten(model)
-        self.programs = _programs(structure)
+        self.prefill, self.decode = _programs(structure)
 
     def start(
         self,
@@ -292,15 +289,27 @@ class Session:
         self._decode = None
 
         tokens = np.stack([_pad(prompt, padded) for prompt in prompts])
-        arguments = (
-            generator.parameters,
-            jnp.asarray(tokens),
+        progress = Progress(
+            jnp.asarray(np.pad(tokens, ((0, 0), (0, slots - padded)))),
+            jnp.zeros((batch, slots), jnp.float32),
             jnp.asarray(lengths),
-            self._rules,
-            self._limits,
+            jnp.zeros((batch,), bool),
+            jnp.zeros((batch,), bool),
         )
-        prefill = self._compiled("prefill", (slots, generator.cache_dtype), arguments)
-        self._first_seconds = self._run(prefill, arguments)
+        inputs = (generator.parameters, jnp.asarray(tokens), progress.ends)
+        prefill = self._compile(generator.prefill, *inputs, statics=(slots, generator.cache_dtype))
+        start = perf_counter()
+        logits, self._memory = jax.block_until_ready(prefill(*inputs))
+        read_seconds = perf_counter() - start
+
+        inputs = (logits, self._memory.seen, progress, self._rules, self._limits)
+        extend = self._compile(_extend_program, *inputs)
+        start = perf_counter()
+        seen, self._progress = extend(*inputs)
+        self._fetch()
+        self._first_seconds = read_seconds + perf_counter() - start
+        self._memory = replace(self._memory, seen=seen)
+        self._check_finite()
 
     @property
     def done(self) -> bool:
@@ -326,8 +335,12 @@ class Session:
             jnp.int32(steps),
         )
         if self._decode is None:
-            self._decode = self._compiled("decode", (), arguments)
-        self._decode_seconds += self._run(self._decode, arguments)
+            self._decode = self._compile(self._generator.decode, *arguments)
+        start = perf_counter()
+        self._memory, self._progress = self._decode(*arguments)
+        self._fetch()
+        self._decode_seconds += perf_counter() - start
+        self._check_finite()
 
     def take(self) -> list[list[int]]:
         """The ids of each row that came since the last call."""
@@ -361,23 +374,18 @@ class Session:
             ),
         )
 
-    def _compiled(self, name, statics, arguments):
+    def _compile(self, program: Program, *arguments, statics: tuple = ()):
         start = perf_counter()
-        executable = self._generator.programs.get(name, statics, arguments)
+        executable = program.executable(*arguments, statics=statics)
         self._compile_seconds += perf_counter() - start
         return executable
 
-    def _run(self, executable, arguments) -> float:
-        """Runs a program and fetches its progress; the seconds that took."""
-        start = perf_counter()
-        self._memory, self._progress = executable(*arguments)
+    def _fetch(self) -> None:
+        """Brings the progress to the host."""
         new = jax.device_get(self._progress)
-        seconds = perf_counter() - start
         self._tokens, self._logprobs = new.tokens, new.logprobs
         self._ends, self._done, self._stopped = map(np.array, (new.ends, new.done, new.stopped))
         self._cut()
-        self._check_finite()
-        return seconds
 
     def _cut(self) -> None:
         cut = self._cuts < np.iinfo(np.int32).max

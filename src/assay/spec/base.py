@@ -25,7 +25,9 @@ class Spec(BaseModel, metaclass=_PlainErrors):
         AssayError: on construction, if a field is unknown, missing, or out of its range.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False
+    )
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Self:

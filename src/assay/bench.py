@@ -1,0 +1,287 @@
+"""How fast a training step is here, and against PyTorch's, turn by turn in one process.
+
+Ratios of one run mean something; seconds on a shared machine do not.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import jax
+import numpy as np
+
+from assay.errors import AssayError, did_you_mean, need_extra
+from assay.model.transformer import abstract
+from assay.spec.model import BlockSpec, TransformerSpec
+from assay.spec.run import RunSpec
+from assay.train.step import initial_state, make_step
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Least, middle and greatest of several measurements."""
+
+    min: float
+    median: float
+    max: float
+
+    @classmethod
+    def of(cls, values: list[float]) -> "Spread":
+        return cls(min(values), median(values), max(values))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Tokens a second of ours and (perhaps) theirs; `ratio` over 1 says that ours is faster."""
+
+    ours: Spread
+    theirs: Spread | None
+    ratio: Spread | None
+    first_step_seconds: float
+    first_loss: float
+    their_first_loss: float | None
+    threads: int
+    versions: dict[str, str]
+
+
+def bench_train(run: RunSpec, *, against: str | None = None, rounds: int = 5) -> Comparison:
+    """Times whole updates (forward, backward, optimizer) on random tokens.
+
+    Each round times ours, then theirs, for the same batch; the ratios are of each round.
+
+    Raises:
+        AssayError: if `against` is not known or not installed, or cannot express the model.
+    """
+    if against not in (None, "torch"):
+        raise AssayError(f"--against {against}: {did_you_mean(against, ['torch'])}")
+    shape = (run.data.batch_size, run.data.seq_len)
+    rng = np.random.default_rng(0)
+    batch = {
+        name: rng.integers(run.model.vocab_size, size=shape, dtype=np.int32)
+        for name in ("tokens", "targets")
+    }
+    began = time.perf_counter()
+    ours = jax_step(run, batch)
+    first_loss = ours()
+    first_step = time.perf_counter() - began
+    theirs = torch_step(run, batch) if against else None
+    their_first_loss = theirs() if theirs else None
+
+    # So many steps a turn that a turn takes about a second.
+    steps = max(1, round(1.0 / max(seconds(ours, 1), 1e-3)))
+    tokens = steps * batch["tokens"].size
+    our_speeds, their_speeds = [], []
+    for _ in range(rounds):
+        our_speeds.append(tokens / seconds(ours, steps))
+        if theirs:
+            their_speeds.append(tokens / seconds(theirs, steps))
+    versions = {"jax": jax.__version__}
+    threads = len(jax.devices())
+    if theirs:
+        import torch
+
+        versions["torch"] = torch.__version__
+        threads = torch.get_num_threads()
+    ratios = [a / b for a, b in zip(our_speeds, their_speeds, strict=False)]
+    return Comparison(
+        Spread.of(our_speeds),
+        Spread.of(their_speeds) if theirs else None,
+        Spread.of(ratios) if theirs else None,
+        first_step,
+        first_loss,
+        their_first_loss,
+        threads,
+        versions,
+    )
+
+
+def seconds(step: Callable[[], float], steps: int) -> float:
+    """Wall time of so many steps, each waited for."""
+    began = time.perf_counter()
+    for _ in range(steps):
+        step()
+    return time.perf_counter() - began
+
+
+def jax_step(run: RunSpec, batch: dict[str, np.ndarray]) -> Callable[[], float]:
+    """Our update; each call is one step, and gives its loss."""
+    state = initial_state(run)
+    step = jax.jit(make_step(run, abstract(run.model, run.compute)), donate_argnums=0)
+    compiled = step.lower(state, batch, np.float32(0)).compile()
+    held = [state]
+
+    def once() -> float:
+        held[0], metrics = compiled(held[0], batch, np.float32(0))
+        return float(metrics["loss"])
+
+    return once
+
+
+# ---------------------------------------------------------------------------- PyTorch's
+
+
+def torch_step(run: RunSpec, batch: dict[str, np.ndarray]) -> Callable[[], float]:
+    """The same update in eager PyTorch: the twin below, fused AdamW, bfloat16 as autocast.
+
+    Autocast keeps parameters, norms, the softmax and the loss in float32, as ours does.
+    """
+    try:
+        import torch
+    except ImportError:
+        raise need_extra("torch", "parity", "Timing against PyTorch") from None
+    torch.manual_seed(0)
+    model = torch_twin(run.model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), fused=True)
+    tokens = torch.from_numpy(batch["tokens"]).long()
+    targets = torch.from_numpy(batch["targets"]).long()
+    half = run.compute.dtype == "bfloat16"
+
+    def once() -> float:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
+            logits = model(tokens)
+            loss = torch.nn.functional.cross_entropy(
+                logits.view(-1, logits.shape[-1]), targets.view(-1)
+            )
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        return float(loss.detach())
+
+    return once
+
+
+def torch_twin(spec: TransformerSpec) -> Any:
+    """A plain PyTorch decoder of the same shape, as one would write it, with its fused attention.
+
+    Raises:
+        AssayError: if the spec has a part that the twin does not.
+    """
+    import torch
+    from torch import nn
+    from torch.nn import functional
+
+    activations = {
+        "gelu": functional.gelu,
+        "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
+        "silu": functional.silu,
+        "relu": functional.relu,
+        "relu_squared": lambda x: functional.relu(x).square(),
+        "sigmoid": torch.sigmoid,
+    }
+
+    def norm(of):
+        if of.kind == "rmsnorm":
+            return nn.RMSNorm(spec.d_model, of.epsilon)
+        return nn.LayerNorm(spec.d_model, of.epsilon, bias=of.bias)
+
+    class Attention(nn.Module):
+        def __init__(self, of):
+            super().__init__()
+            self.of, self.width = of, of.width(spec.d_model)
+            wide, narrow = of.heads * self.width, of.num_kv_heads * self.width
+            self.qkv = nn.Linear(spec.d_model, wide + 2 * narrow, bias=of.qkv_bias)
+            self.out = nn.Linear(wide, spec.d_model, bias=of.out_bias)
+            self.split = (wide, narrow, narrow)
+
+        def forward(self, x, angles):
+            b, t, _ = x.shape
+            q, k, v = (
+                y.view(b, t, -1, self.width).transpose(1, 2)
+                for y in self.qkv(x).split(self.split, dim=-1)
+            )
+            if self.of.qk_norm is not None:
+                q, k = (functional.rms_norm(y, (self.width,)) for y in (q, k))
+            if self.of.positions.kind == "rope":
+                q, k = self.turn(q, angles), self.turn(k, angles)
+            y = functional.scaled_dot_product_attention(
+                q, k, v.to(q.dtype), is_causal=True, enable_gqa=self.of.num_kv_heads < self.of.heads
+            )
+            return self.out(y.transpose(1, 2).reshape(b, t, -1))
+
+        def turn(self, x, angles):
+            cos, sin = angles
+            a, b = x.chunk(2, dim=-1)
+            return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+
+    class Mlp(nn.Module):
+        def __init__(self, of):
+            super().__init__()
+            self.act = activations[of.activation]
+            self.up = nn.Linear(spec.d_model, of.hidden, bias=of.bias)
+            self.gate = nn.Linear(spec.d_model, of.hidden, bias=of.bias) if of.gated else None
+            self.down = nn.Linear(of.hidden, spec.d_model, bias=of.bias)
+
+        def forward(self, x):
+            if self.gate is not None:
+                return self.down(self.act(self.gate(x)) * self.up(x))
+            return self.down(self.act(self.up(x)))
+
+    class Block(nn.Module):
+        def __init__(self, of):
+            super().__init__()
+            self.norm_1, self.attention = norm(of.norm), Attention(of.attention)
+            self.norm_2, self.mlp = norm(of.norm), Mlp(of.feed_forward)
+
+        def forward(self, x, angles):
+            x = x + self.attention(self.norm_1(x), angles)
+            return x + self.mlp(self.norm_2(x))
+
+    class Decoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Embedding(spec.padded_vocab, spec.d_model)
+            learned = spec.embedding.positions.kind == "learned"
+            self.positions = nn.Embedding(spec.context, spec.d_model) if learned else None
+            self.blocks = nn.ModuleList(Block(of) for of in spec.decoder.blocks())
+            self.norm = norm(spec.decoder.final_norm)
+            self.head = nn.Linear(spec.d_model, spec.padded_vocab, bias=False)
+            if spec.head.tied:
+                self.head.weight = self.table.weight
+            for parameter in self.parameters():
+                if parameter.ndim > 1:
+                    nn.init.normal_(parameter, std=0.02)
+
+        def forward(self, tokens):
+            t = tokens.shape[1]
+            x = self.table(tokens)
+            if self.positions is not None:
+                x = x + self.positions(torch.arange(t))
+            angles = rotations(t)
+            for block in self.blocks:
+                x = block(x, angles)
+            return self.head(self.norm(x))
+
+    for i, block in enumerate(spec.decoder.pattern):
+        if reason := _not_in_the_twin(block):
+            raise AssayError(f"decoder.pattern.{i}: {reason}; the PyTorch twin has no such part.")
+    if spec.head is None or spec.decoder.final_norm is None:
+        raise AssayError("the PyTorch twin needs a head and a final norm.")
+    rope = next(
+        (b.attention for b in spec.decoder.pattern if b.attention.positions.kind == "rope"), None
+    )
+
+    def rotations(t):
+        if rope is None:
+            return None
+        half = torch.arange(0, rope.width(spec.d_model), 2) / rope.width(spec.d_model)
+        angles = torch.arange(t)[:, None] * rope.positions.theta**-half
+        return angles.cos(), angles.sin()
+
+    return Decoder()
+
+
+def _not_in_the_twin(block: BlockSpec) -> str | None:
+    attention, mlp = block.attention, block.feed_forward
+    if attention is None or mlp is None:
+        return "a block without attention or without feed-forward"
+    for name in ("softcap", "window", "scale"):
+        if getattr(attention, name) is not None:
+            return f"attention.{name} is set"
+    if block.norm_position != "pre":
+        return f"norm_position is '{block.norm_position}'"
+    if mlp.kind != "mlp" or len(mlp.widths) > 1:
+        return "the feed-forward is not a plain or gated MLP"
+    return None
