@@ -70,6 +70,18 @@ def _cpu_product_backward(transposed, saved, g):
 _cpu_product.defvjp(_cpu_product_forward, _cpu_product_backward)
 
 
+def linear(
+    x: Float[Array, "*b k"],
+    w: Float[Array, "k n"],
+    b: Float[Array, "n"] | None = None,
+    *,
+    cpu: bool = False,
+) -> Float[Array, "*b n"]:
+    """x w + b, in x's dtype."""
+    y = product(x, w, cpu=cpu)
+    return y if b is None else y + along_last(b.astype(x.dtype), y)
+
+
 class Linear(nnx.Module):
     """y = x w + b, (..., K) -> (..., N)."""
 
@@ -90,8 +102,7 @@ class Linear(nnx.Module):
         self.cpu = use_cpu_kernels(compute)
 
     def __call__(self, x: Float[Array, "*b k"]) -> Float[Array, "*b n"]:
-        y = product(x, self.w[...], cpu=self.cpu)
-        return y if self.b is None else y + along_last(self.b[...].astype(x.dtype), y)
+        return linear(x, self.w[...], None if self.b is None else self.b[...], cpu=self.cpu)
 
 
 # ---------------------------------------------------------------------------- activations
@@ -139,6 +150,26 @@ _cpu_activate.defvjp(_cpu_activate_forward, _cpu_activate_backward)
 # ---------------------------------------------------------------------------- norms
 
 
+def normalise(
+    x: Float[Array, "*b d"],
+    scale: Float[Array, "d"] | None = None,
+    bias: Float[Array, "d"] | None = None,
+    *,
+    centred: bool,
+    epsilon: float,
+) -> Float[Array, "*b d"]:
+    """LayerNorm (`centred`) or RMSNorm of the last axis, in float32 and back."""
+    y = x.astype(jnp.float32)
+    if centred:
+        y = y - jnp.mean(y, axis=-1, keepdims=True)
+    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + epsilon)
+    if scale is not None:
+        y = y * along_last(scale, y)
+    if bias is not None:
+        y = y + along_last(bias, y)
+    return y.astype(x.dtype)
+
+
 class Norm(nnx.Module):
     """LayerNorm or RMSNorm over the last axis, in float32 whatever the dtype around it."""
 
@@ -150,15 +181,9 @@ class Norm(nnx.Module):
         self.bias = constant_parameter((width,), (None,), 0.0) if has_bias else None
 
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
-        y = x.astype(jnp.float32)
-        if self.centred:
-            y = y - jnp.mean(y, axis=-1, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.epsilon)
-        if self.scale is not None:
-            y = y * along_last(self.scale[...], y)
-        if self.bias is not None:
-            y = y + along_last(self.bias[...], y)
-        return y.astype(x.dtype)
+        scale = None if self.scale is None else self.scale[...]
+        bias = None if self.bias is None else self.bias[...]
+        return normalise(x, scale, bias, centred=self.centred, epsilon=self.epsilon)
 
 
 # ---------------------------------------------------------------------------- dropout
