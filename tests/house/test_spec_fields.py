@@ -92,7 +92,7 @@ def of_model(spec: TransformerSpec) -> Any:
     """Parameters, and the logits of the training forward: op by op, most compiled before."""
     net = Transformer(spec, rngs=jax.random.key(0))
     tokens = jax.random.randint(jax.random.key(1), (2, 12), 0, 8)
-    return named_parameters(net), net(tokens, key=jax.random.key(2))
+    return named_parameters(net), net(tokens, key=jax.random.key(2), train=True)
 
 
 def of_run(spec: RunSpec) -> Any:
