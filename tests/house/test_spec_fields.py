@@ -368,8 +368,7 @@ CASES: dict[str, Case] = {
         "dropout": 0.5})),
     **name_all("MlpSpec", models(PLAIN, FEED_FORWARD, {
         "hidden": 32, "activation": "relu", "gated": True, "bias": True})),
-    "MlpSpec.kind": Case(
-        of_model, PLAIN, FEED_FORWARD, EXPERTS.decoder.pattern[0].feed_forward.model_dump()),
+    "MlpSpec.kind": Case(of_model, PLAIN, f"{FEED_FORWARD}.kind", "another", refused=True),
     # ---- experts
     **name_all("TopK", models(EXPERTS, ROUTER, {
         "kind": "noisy_top_k", "k": 1, "renormalise": False, "jitter": 0.5, "bias": True})),
