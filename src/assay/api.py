@@ -10,7 +10,7 @@ from assay.spec import presets
 from assay.spec.run import RunSpec
 from assay.train.loop import TrainResult
 from assay.train.loop import train as _train
-from assay.train.plot import plot_losses
+from assay.train.plot import plot_experts, plot_losses
 
 
 def preset(name: str, changes: dict[str, Any] | None = None) -> RunSpec:
@@ -25,11 +25,15 @@ def preset(name: str, changes: dict[str, Any] | None = None) -> RunSpec:
 def train(run: RunSpec | str, out: str | Path, **options: Any) -> TrainResult:
     """Trains a run (or a preset's own, by its name) in the folder `out`; draws `loss.png`.
 
+    Where the model has experts, `experts.png` shows their loads.
+
     `options` are those of `assay.train.loop.train`: resume, stop_at, reporter, trackers.
     """
     run = preset(run) if isinstance(run, str) else run
     result = _train(run, out, **options)
-    plot_losses(Path(out), title=run.preset or Path(out).name)
+    title = run.preset or Path(out).name
+    plot_losses(Path(out), title=title)
+    plot_experts(Path(out), title=title)
     return result
 
 

@@ -17,7 +17,8 @@ Masks are boolean, where True may attend, or float, added to the scores (0 chang
 hides). A mask is (T, S), or has an axis for each of the scores'; an axis of 1 is repeated. A query
 that may attend to nothing gets the mean of all values, never NaN.
 
-Dropout falls only where a rate and a key are given.
+Dropout falls only where a rate and a key are given. A mixture of experts is routed, dispatched and
+combined by `assay.model.moe`'s own functions, named here too.
 """
 
 import math
@@ -31,6 +32,18 @@ from jaxtyping import Array, Bool, Float, Float32, Int, Int32, Key
 from assay.errors import AssayError
 from assay.model.attention import HIDDEN, attend
 from assay.model.layers import activate, depth_scale, dropout, linear, normalise
+from assay.model.moe import (
+    balance_loss,
+    choose,
+    combine,
+    dispatch,
+    expert_choice,
+    noisy,
+    normalised,
+    router_logits,
+    router_z_loss,
+    within_capacity,
+)
 from assay.model.positions import rope_tables, rotate, sinusoidal
 from assay.model.sharding import initial_values
 from assay.spec.model import Activation, InitSpec, Rope, WeightInit, XavierInit, ZeroInit
@@ -42,7 +55,12 @@ __all__ = [
     "FeedForwardParams",
     "NormParams",
     "Rope",
+    "balance_loss",
     "causal_mask",
+    "choose",
+    "combine",
+    "dispatch",
+    "expert_choice",
     "feed_forward",
     "grouped_query_attention",
     "init_attention",
@@ -54,16 +72,21 @@ __all__ = [
     "log_probabilities",
     "multi_head_attention",
     "multi_query_attention",
+    "noisy",
+    "normalised",
     "padding_mask",
     "rms_norm",
     "rope_tables",
     "rotate",
+    "router_logits",
+    "router_z_loss",
     "scaled_dot_product_attention",
     "sinusoidal_positions",
     "token_embedding",
     "transformer_decoder",
     "transformer_decoder_block",
     "transformer_embedding",
+    "within_capacity",
 ]
 
 GPT2_INIT = InitSpec()
@@ -669,8 +692,3 @@ def log_probabilities(
 ) -> Float32[Array, "*b v"]:
     """log softmax((x w + b) / temperature), in float32."""
     return jax.nn.log_softmax(linear(x, w, b).astype(jnp.float32) / temperature, axis=-1)
-
-
-# ---------------------------------------------------------------------------- mixtures of experts
-
-# Routing and dispatch come from assay.model.moe, re-exported here once it is in.

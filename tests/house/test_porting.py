@@ -30,11 +30,7 @@ def test_every_preset_named_is_one():
 
 
 AWAITED = [
-    "make-moe",
-    "attention-net",
-    "attention-net-moe",
     "jaxformers-lm",
-    "tiny-moe",
     "charformer",
 ]
 

@@ -92,7 +92,7 @@ def of_model(spec: TransformerSpec) -> Any:
     """Parameters, and the logits of the training forward: op by op, most compiled before."""
     net = Transformer(spec, rngs=jax.random.key(0))
     tokens = jax.random.randint(jax.random.key(1), (2, 12), 0, 8)
-    return named_parameters(net), net(tokens, key=jax.random.key(2))
+    return named_parameters(net), net(tokens, key=jax.random.key(2), train=True)
 
 
 def of_run(spec: RunSpec) -> Any:
@@ -244,6 +244,17 @@ XAVIER = PLAIN.at(WEIGHTS, "xavier")
 FAN_IN = PLAIN.at(WEIGHTS, "fan_in")
 ZERO = PLAIN.at(WEIGHTS, "zero")
 QK_NORM = PLAIN.at(f"{ATTENTION}.qk_norm", QkNorm().model_dump())
+EXPERTS = PLAIN.at(
+    FEED_FORWARD, {"kind": "moe", "experts": 4, "expert": {"hidden": 8}, "capacity": {"load": 0.5}}
+)
+ROUTER, CAPACITY = f"{FEED_FORWARD}.router", f"{FEED_FORWARD}.capacity"
+NOISY = EXPERTS.at(ROUTER, "noisy_top_k")
+SIGMOID = EXPERTS.at(ROUTER, "sigmoid_top_k")
+UNLIMITED = EXPERTS.at(CAPACITY, None)
+CHOOSING = UNLIMITED.changed({"decoder.causal": False, ROUTER: "expert_choice"})
+ENCODING_SOFT = UNLIMITED.changed(
+    {"decoder.causal": False, ROUTER: {"kind": "soft", "over": "sequence"}}
+)
 TINY = RunSpec(model=PLAIN, data=DataSpec(seq_len=8, batch_size=4))
 BIGRAM = TINY.replace(model=TABLE)
 
@@ -358,6 +369,26 @@ CASES: dict[str, Case] = {
     **name_all("MlpSpec", models(PLAIN, FEED_FORWARD, {
         "hidden": 32, "activation": "relu", "gated": True, "bias": True})),
     "MlpSpec.kind": Case(of_model, PLAIN, f"{FEED_FORWARD}.kind", "another", refused=True),
+    # ---- experts
+    **name_all("TopK", models(EXPERTS, ROUTER, {
+        "kind": "noisy_top_k", "k": 1, "renormalise": False, "jitter": 0.5, "bias": True})),
+    **name_all("NoisyTopK", models(NOISY, ROUTER, {"kind": "top_k", "k": 1, "bias": True})),
+    **name_all("SigmoidTopK", models(SIGMOID, ROUTER, {
+        "kind": "top_k", "k": 1, "renormalise": False, "scale": 2.0})),
+    "SigmoidTopK.bias_rate": Case(
+        of_run, TINY.replace(model=SIGMOID), f"model.{ROUTER}.bias_rate", 0.1),
+    **name_all("ExpertChoice", models(CHOOSING, ROUTER, {"kind": "top_k", "load": 1.0})),
+    **name_all("Soft", models(ENCODING_SOFT, ROUTER, {
+        "kind": "top_k", "slots": 2, "over": "token"})),
+    **name_all("CapacitySpec", models(EXPERTS, CAPACITY, {"load": 0.9, "priority": "weight"})),
+    **name_all("MoeSpec", models(EXPERTS, FEED_FORWARD, {
+        "experts": 5, "expert": {"hidden": 9}, "router": {"kind": "top_k", "k": 1},
+        "shared": {"hidden": 8}, "capacity": None})),
+    "MoeSpec.kind": Case(of_model, EXPERTS, FEED_FORWARD, MlpSpec(hidden=24).model_dump()),
+    "MoeSpec.balance_loss": Case(
+        of_loss, TINY.replace(model=EXPERTS), f"model.{FEED_FORWARD}.balance_loss", 0.5),
+    "MoeSpec.z_loss": Case(
+        of_loss, TINY.replace(model=EXPERTS), f"model.{FEED_FORWARD}.z_loss", 0.5),
     **name_all("BlockSpec", models(PLAIN, "decoder.pattern.0", {
         "attention": None, "feed_forward": None, "norm": "rmsnorm", "norm_position": "post",
         "dropout": 0.5})),
@@ -399,6 +430,8 @@ CASES: dict[str, Case] = {
     "ComputeSpec.scan_layers": Case(of_run, TINY, "compute.scan_layers", True),
     "ComputeSpec.remat": Case(of_run, TINY, "compute.remat", "block"),
     "ComputeSpec.kernels": Case(of_run, TINY, "compute.kernels", "plain"),
+    "ComputeSpec.moe_dispatch": Case(
+        of_run, TINY.replace(model=EXPERTS), "compute.moe_dispatch", "dense"),
     "MeshSpec.data": Case(of_run, TINY, "mesh.data", 2),
     "MeshSpec.fsdp": Case(of_run, TINY, "mesh.fsdp", 2),
     "MeshSpec.tensor": Case(of_run, TINY.at("model.vocab_multiple", 8), "mesh.tensor", 2),

@@ -18,6 +18,7 @@ from assay.spec.model import (
     LayerNorm,
     Llama3Scaling,
     MlpSpec,
+    MoeSpec,
     RmsNorm,
     Rope,
     StackSpec,
@@ -43,6 +44,12 @@ MODEL = TransformerSpec(
     vocab_size=100, d_model=32, context=64, decoder=StackSpec(pattern=(BLOCK,), num_layers=2)
 )
 RUN = RunSpec(model=MODEL)
+EXPERTS = {"experts": 4, "expert": {"hidden": 8}}
+
+
+def routed(router: dict) -> dict:
+    """A block of experts, as data."""
+    return {"attention": None, "feed_forward": {"kind": "moe", **EXPERTS, "router": router}}
 
 
 def complaint(call, *arguments, **fields) -> str:
@@ -243,6 +250,35 @@ def test_at_says_what_is_wrong(path, value, said):
         (MlpSpec, {"hidden": 0}, ["hidden", "0"]),
         (MlpSpec, {"hidden": (8, -1)}, ["hidden", "-1"]),
         (MlpSpec, {"hidden": 8, "activation": "gelu_tan"}, ["activation", "'gelu_tanh'"]),
+        (MoeSpec, {**EXPERTS, "experts": 1}, ["experts", "1", "2"]),
+        (MoeSpec, {**EXPERTS, "router": {"kind": "top_k", "k": 5}}, ["router.k: found 5", "4"]),
+        (MoeSpec, {**EXPERTS, "router": {"kind": "topk"}}, ["router.kind", "'top_k'"]),
+        (
+            MoeSpec,
+            {**EXPERTS, "router": {"kind": "soft"}, "capacity": {"load": 1.0}},
+            ["capacity", "soft"],
+        ),
+        (MoeSpec, {**EXPERTS, "router": {"kind": "soft"}, "z_loss": 1.0}, ["z_loss: found 1.0"]),
+        (
+            MoeSpec,
+            {**EXPERTS, "router": {"kind": "expert_choice"}, "balance_loss": 0.1},
+            ["balance_loss: found 0.1", "expert_choice"],
+        ),
+        (
+            MoeSpec,
+            {**EXPERTS, "router": {"kind": "expert_choice", "load": 5.0}},
+            ["router.load: found 5.0", "4"],
+        ),
+        (
+            StackSpec,
+            {"pattern": (routed({"kind": "expert_choice"}),), "num_layers": 1},
+            ["pattern.0.feed_forward.router", "causal", "top-k"],
+        ),
+        (
+            StackSpec,
+            {"pattern": (routed({"kind": "soft", "over": "sequence"}),), "num_layers": 1},
+            ["pattern.0.feed_forward.router", "causal", "over='token'"],
+        ),
         (BlockSpec, {"attention": None, "feed_forward": None}, ["neither"]),
         (StackSpec, {"pattern": (), "num_layers": 2}, ["pattern", "at least one"]),
         (StackSpec, {"pattern": (BLOCK, BLOCK), "num_layers": 1}, ["pattern", "2", "1"]),
@@ -304,6 +340,14 @@ def test_a_sequence_longer_than_its_learned_positions():
     message = complaint(RunSpec, model=learned, data=DataSpec(seq_len=65))
     assert "data.seq_len: found 65" in message
     assert "64" in message
+
+
+@pytest.mark.parametrize(
+    "router", [{"kind": "expert_choice"}, {"kind": "soft", "over": "sequence"}]
+)
+def test_routers_that_see_the_future_are_for_encoders(router):
+    stack = {"pattern": (routed(router),), "num_layers": 1, "causal": False}
+    assert StackSpec(**stack).pattern[0].feed_forward.router.kind == router["kind"]
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", "3", '"x"', "{}", '{"model": 3}', "\0"])

@@ -15,17 +15,23 @@ from assay.spec import accounting, presets
 from assay.spec.model import (
     AttentionSpec,
     BlockSpec,
+    CapacitySpec,
     EmbeddingSpec,
     HeadSpec,
     LayerNorm,
     LearnedPositions,
     MlpSpec,
+    MoeSpec,
+    NoisyTopK,
     NoPositions,
     QkNorm,
     RmsNorm,
     Rope,
+    SigmoidTopK,
     SinusoidalPositions,
+    Soft,
     StackSpec,
+    TopK,
     TransformerSpec,
 )
 from assay.spec.run import ComputeSpec
@@ -40,6 +46,20 @@ PUBLISHED = {
     "smollm-360m": 361_821_120,
     "llama-3-8b": 8_030_261_248,
     "qwen3-0.6b": 596_049_920,
+    "mixtral-8x7b": 46_702_792_704,
+    "olmoe-1b-7b": 6_919_161_856,
+    "qwen3-30b-a3b": 30_532_122_624,
+}
+
+ACTIVE = {
+    # As published: Mixtral 12.9B (arXiv:2401.04088), OLMoE 1.3B (2409.02060), Qwen3 3.3B.
+    "mixtral-8x7b": 12_879_925_248,
+    "olmoe-1b-7b": 1_282_017_280,
+    "qwen3-30b-a3b": 3_353_032_704,
+    # JaxPT's README: ~249M, ~318M; a soft mixture meets every expert.
+    "tiny-moe": 248_666_688,
+    "tiny-moe-2": 317_862_720,
+    "tiny-moe-3": 650_170_944,
 }
 
 # JaxPT's own figures, in millions, as its README prints them.
@@ -51,6 +71,9 @@ PRINTED = {
     "glu-rope-gpt": "151.95",
     "gqa-gpt": "82.72",
     "gqa-glu-rope-gpt": "142.48",
+    "tiny-moe": "631.37",  # ~631M
+    "tiny-moe-2": "1061.04",  # ~1.061B
+    "tiny-moe-3": "650.17",  # ~650M
 }
 
 
@@ -62,6 +85,11 @@ def test_published_counts(name, count):
 @pytest.mark.parametrize(("name", "millions"), PRINTED.items())
 def test_printed_counts(name, millions):
     assert f"{accounting.parameters(presets.get(name).model).total / 1e6:.2f}" == millions
+
+
+@pytest.mark.parametrize(("name", "count"), ACTIVE.items())
+def test_active_counts(name, count):
+    assert accounting.parameters(presets.get(name).model).active == count
 
 
 def counted(spec, **compute):
@@ -88,6 +116,23 @@ norms = st.one_of(
 )
 
 
+ROUTERS = (
+    TopK(k=1),
+    TopK(k=2, bias=True),
+    NoisyTopK(k=2),
+    NoisyTopK(k=2, bias=True),
+    SigmoidTopK(k=3),
+    Soft(slots=2),
+)
+
+
+@st.composite
+def mlps(draw):
+    gated = draw(st.booleans())
+    hidden = draw(st.sampled_from([12, (12,)] if gated else [12, (10, 20), (8, 8, 8)]))
+    return MlpSpec(hidden=hidden, gated=gated, bias=draw(st.booleans()))
+
+
 @st.composite
 def blocks(draw):
     kv_heads = draw(st.sampled_from([1, 2]))
@@ -105,9 +150,11 @@ def blocks(draw):
             )
         ),
     )
-    gated = draw(st.booleans())
-    hidden = draw(st.sampled_from([12, (12,)] if gated else [12, (10, 20), (8, 8, 8)]))
-    feed_forward = MlpSpec(hidden=hidden, gated=gated, bias=draw(st.booleans()))
+    feed_forward = draw(mlps())
+    if draw(st.booleans()):
+        router = draw(st.sampled_from(ROUTERS))
+        shared = draw(st.one_of(st.none(), mlps()))
+        feed_forward = MoeSpec(experts=3, expert=feed_forward, router=router, shared=shared)
     missing = draw(st.sampled_from([None, "attention", "feed_forward"]))
     return BlockSpec(
         attention=None if missing == "attention" else attention,
@@ -145,7 +192,9 @@ def specs(draw):
 def test_any_spec_equals_the_arrays(spec, scan_layers):
     assert totals(spec) == counted(spec, scan_layers=scan_layers)
     parameters = accounting.parameters(spec)
-    assert parameters.active == parameters.total
+    layers = [block.feed_forward for block in spec.decoder.blocks()]
+    some = any(ff and ff.kind == "moe" and ff.active_experts < ff.experts for ff in layers)
+    assert (parameters.active < parameters.total) == some
 
 
 # ---------------------------------------------------------------------------- FLOPs
@@ -204,6 +253,42 @@ def test_flops_agree_with_xla(spec, kernels):
     ours = accounting.flops_per_token(spec)
     assert xla_flops(forward) / (B * T) == pytest.approx(ours.forward, rel=0.03)
     assert xla_flops(jax.grad(loss)) / (B * T) == pytest.approx(ours.train, rel=0.03)
+
+
+def with_experts(**fields):
+    stack = wide().decoder
+    experts = MoeSpec(experts=8, expert=MlpSpec(hidden=1024, activation="relu"), **fields)
+    block = stack.pattern[0].replace(feed_forward=experts)
+    return wide().replace(decoder=stack.replace(pattern=(block,)))
+
+
+def test_only_the_chosen_experts_are_computed():
+    """XLA's own count is within 15 % of twice the parameters a token meets, attention aside."""
+    spec = with_experts(router=TopK(k=2), capacity=CapacitySpec(load=1.0))
+    graph, state = nnx.split(abstract(spec, ComputeSpec(moe_dispatch="capacity")))
+
+    def forward(state, tokens):
+        return nnx.merge(graph, state)(tokens, train=True)
+
+    tokens = jax.ShapeDtypeStruct((B, T), jnp.int32)
+    found = jax.jit(forward).lower(state, tokens).compile().cost_analysis()["flops"] / (B * T)
+    ours = accounting.flops_per_token(spec)
+    assert found == pytest.approx(ours.forward, rel=0.05)
+    active = accounting.parameters(spec).active - spec.context * spec.d_model
+    scores = 2 * 2 * 2 * T * spec.d_model  # two products a layer
+    assert found - scores == pytest.approx(2 * active, rel=0.15)
+    total = accounting.parameters(spec).total
+    assert found < total  # of which all would be twice that
+
+
+def test_experts_flops_by_hand():
+    d, expert = 512, 2 * 2 * 512 * 1024
+    shared = MlpSpec(hidden=256)
+    top = with_experts(router=TopK(k=2), shared=shared)
+    parts = accounting.flops_per_token(top).parts
+    assert parts["feed_forward"] == 2 * (2 * d * 8 + 2 * expert + 2 * 2 * d * 256)
+    soft = accounting.flops_per_token(with_experts(router=Soft(slots=2))).parts
+    assert soft["feed_forward"] == 2 * (2 * d * 16 + 8 * expert + 8 * 2 * d)
 
 
 def test_flops_by_hand():

@@ -5,12 +5,13 @@ Axes: B batch, T tokens, D model, V vocabulary.
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Float32, Int32, Key
+from jaxtyping import Array, Bool, Float, Float32, Int32, Key
 
 from assay.errors import AssayError, did_you_mean
 from assay.model.attention import Attention, Geometry, geometry
@@ -24,6 +25,7 @@ from assay.model.layers import (
     product,
     use_cpu_kernels,
 )
+from assay.model.moe import Moe, Routing
 from assay.model.positions import sinusoidal
 from assay.model.sharding import constant_parameter, constrain, parameter
 from assay.spec.model import BlockSpec, InitSpec, TransformerSpec, ZeroInit
@@ -100,8 +102,9 @@ class Block(nnx.Module):
         )
         self.attention_post_norm = norm(attends and after)
         self.feed_forward_norm = norm(feeds and before)
+        layer = Moe if feeds and spec.feed_forward.kind == "moe" else Mlp
         self.feed_forward = (
-            Mlp(feed_forward_key, d_model, spec.feed_forward, **how) if feeds else None
+            layer(feed_forward_key, d_model, spec.feed_forward, **how) if feeds else None
         )
         self.feed_forward_post_norm = norm(feeds and after)
 
@@ -111,17 +114,25 @@ class Block(nnx.Module):
         geometry: Geometry,
         cache: LayerCache | None = None,
         key: Key[Array, ""] | None = None,
-    ) -> tuple[Float[Array, "b t d"], LayerCache | None]:
+        *,
+        real: Bool[Array, "b t"] | None = None,
+        train: bool = False,
+    ) -> tuple[Float[Array, "b t d"], LayerCache | None, Routing | None]:
         keys = (None,) * 3 if key is None else jax.random.split(key, 3)
+        routing = None
         if self.attention is not None:
             y = x if self.attention_norm is None else self.attention_norm(x)
             y, cache = self.attention(y, geometry, cache, keys[0])
             x = self._add(x, y, self.attention_post_norm, keys[1])
         if self.feed_forward is not None:
             y = x if self.feed_forward_norm is None else self.feed_forward_norm(x)
-            y = self.feed_forward(y)
+            if isinstance(self.feed_forward, Moe):
+                noise = None if key is None else jax.random.fold_in(keys[2], 1)
+                y, routing = self.feed_forward(y, real=real, key=noise, train=train)
+            else:
+                y = self.feed_forward(y)
             x = self._add(x, y, self.feed_forward_post_norm, keys[2])
-        return x, cache
+        return x, cache, routing
 
     def _add(self, x, y, post_norm, key):
         """x + y, with the norm that follows: of the sum (2017), or of y alone (Gemma 2)."""
@@ -156,6 +167,16 @@ class Head(nnx.Module):
         if self.spec.softcap is not None:
             logits = self.spec.softcap * jnp.tanh(logits / self.spec.softcap)
         return logits
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Output:
+    """All that a forward gives: `routing` has a record for each layer of experts, in order."""
+
+    logits: Float32[Array, "b t v"]
+    cache: Cache | None
+    routing: tuple[Routing, ...]
 
 
 class Transformer(nnx.Module):
@@ -205,19 +226,38 @@ class Transformer(nnx.Module):
         segment_ids: Int32[Array, "b t"] | None = None,
         cache: Cache | None = None,
         key: Key[Array, ""] | None = None,
+        train: bool = False,
     ) -> Float32[Array, "b t v"] | tuple[Float32[Array, "b t v"], Cache]:
         """Logits of the next token at every place; with a cache, also the cache grown by T.
 
         `key` turns dropout on. `segment_ids` keep packed documents apart, and `positions` then
-        count within each.
+        count within each. `train` has experts' capacity limits act, and with a key their
+        routers' noise; tokens of segment 0 are then padding, and take no place.
         """
         x, cache = self.hidden(
-            tokens, positions=positions, segment_ids=segment_ids, cache=cache, key=key
+            tokens,
+            positions=positions,
+            segment_ids=segment_ids,
+            cache=cache,
+            key=key,
+            train=train,
         )
         logits = self.logits(x)
         return logits if cache is None else (logits, cache)
 
+    def forward(self, tokens: Int32[Array, "b t"], **options) -> Output:
+        """As a call with the same `options`; gives also what the routers did."""
+        x, cache, routing = self._run(tokens, **options)
+        return Output(self.logits(x), cache, routing)
+
     def hidden(
+        self, tokens: Int32[Array, "b t"], **options
+    ) -> tuple[Float[Array, "b t d"], Cache | None]:
+        """The last layer's output, normed: what the head reads. `options` as in a call."""
+        x, cache, _ = self._run(tokens, **options)
+        return x, cache
+
+    def _run(
         self,
         tokens: Int32[Array, "b t"],
         *,
@@ -225,8 +265,8 @@ class Transformer(nnx.Module):
         segment_ids: Int32[Array, "b t"] | None = None,
         cache: Cache | None = None,
         key: Key[Array, ""] | None = None,
-    ) -> tuple[Float[Array, "b t d"], Cache | None]:
-        """The last layer's output, normed: what the head reads."""
+        train: bool = False,
+    ) -> tuple[Float[Array, "b t d"], Cache | None, tuple[Routing, ...]]:
         spec = self.spec
         if positions is None:
             positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)
@@ -245,10 +285,13 @@ class Transformer(nnx.Module):
             segment_ids=segment_ids,
             slots=cache.capacity if cache is not None else None,
         )
-        x, layers = self._run_layers(x, shared, cache, stack_key)
+        experts = {"train": train}
+        if train and segment_ids is not None:
+            experts["real"] = segment_ids != 0
+        x, layers, routing = self._run_layers(x, shared, cache, stack_key, experts)
         if cache is not None:
             cache = Cache(layers, cache.lengths + tokens.shape[1])
-        return x if self.final_norm is None else self.final_norm(x), cache
+        return x if self.final_norm is None else self.final_norm(x), cache, routing
 
     def logits(self, x: Float[Array, "b t d"]) -> Float32[Array, "b t v"]:
         """The head alone. Rows that only pad the vocabulary give no logit."""
@@ -256,24 +299,28 @@ class Transformer(nnx.Module):
             return x.astype(jnp.float32)
         return self.head(x, self.embedding.table[...])[..., : self.spec.vocab_size]
 
-    def _run_layers(self, x, shared, cache, key):
+    def _run_layers(self, x, shared, cache, key, experts):
         def run(block, x, layer_cache, index):
             layer_key = None if key is None else jax.random.fold_in(key, index)
-            x, layer_cache = block(x, shared, layer_cache, layer_key)
-            return constrain(x, "batch", None, None), layer_cache
+            x, layer_cache, routing = block(x, shared, layer_cache, layer_key, **experts)
+            return constrain(x, "batch", None, None), layer_cache, routing
 
         if self.compute.remat == "block":
             run = jax.checkpoint(run)
-        period = len(self.stacked)
+        period, records = len(self.stacked), []
         if period and cache is None:
 
             def one_period(carry, blocks):
                 x, index = carry
+                routings = []
                 for i, block in enumerate(blocks):
-                    x, _ = run(block, x, None, index + i)
-                return (x, index + period), None
+                    x, _, routing = run(block, x, None, index + i)
+                    routings.append(routing)
+                return (x, index + period), tuple(routings)
 
-            (x, _), _ = jax.lax.scan(one_period, (x, jnp.int32(0)), tuple(self.stacked))
+            (x, _), stacks = jax.lax.scan(one_period, (x, jnp.int32(0)), tuple(self.stacked))
+            for r in range(layout(self.spec, self.compute).repeats):
+                records += [jax.tree.map(lambda leaf, r=r: leaf[r], stack) for stack in stacks]
             blocks = list(self.layers)
         else:
             blocks = list(self.unstacked_layers())
@@ -281,9 +328,10 @@ class Transformer(nnx.Module):
         caches = cache.layers if cache is not None else (None,) * self.spec.decoder.num_layers
         grown = []
         for index, block in enumerate(blocks, start=first):
-            x, layer_cache = run(block, x, caches[index], index)
+            x, layer_cache, routing = run(block, x, caches[index], index)
             grown.append(layer_cache)
-        return x, tuple(grown)
+            records.append(routing)
+        return x, tuple(grown), tuple(record for record in records if record is not None)
 
     def unstacked_layers(self):
         """Every layer in order, whether they are kept stacked or not."""

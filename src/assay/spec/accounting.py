@@ -25,6 +25,7 @@ from assay.spec.model import (
     AttentionSpec,
     BlockSpec,
     MlpSpec,
+    MoeSpec,
     NormSpec,
     StackSpec,
     TransformerSpec,
@@ -185,13 +186,39 @@ def _attention_matrices(attention: AttentionSpec, d: int) -> list[tuple[int, int
     return [(d, wide), (d, narrow), (d, narrow), (wide, d)]
 
 
-def _feed_forward_parameters(feed_forward: MlpSpec, d: int) -> Count:
+def _feed_forward_parameters(feed_forward: MlpSpec | MoeSpec, d: int) -> Count:
     match feed_forward.kind:
         case "mlp":
-            matrices = _mlp_matrices(feed_forward, d)
-            biases = sum(fan_out for _, fan_out in matrices) * feed_forward.bias
-            return _everywhere(sum(fan_in * fan_out for fan_in, fan_out in matrices) + biases)
+            return _everywhere(_mlp_parameters(feed_forward, d))
+        case "moe":
+            one = _mlp_parameters(feed_forward.expert, d)
+            routed = Count(feed_forward.experts * one, round(feed_forward.active_experts * one))
+            shared = feed_forward.shared
+            always = _router_parameters(feed_forward, d)
+            return routed + _everywhere(always + (_mlp_parameters(shared, d) if shared else 0))
     raise NotImplementedError(feed_forward.kind)
+
+
+def _mlp_parameters(mlp: MlpSpec, d: int) -> int:
+    matrices = _mlp_matrices(mlp, d)
+    biases = sum(fan_out for _, fan_out in matrices) * mlp.bias
+    return sum(fan_in * fan_out for fan_in, fan_out in matrices) + biases
+
+
+def _router_parameters(moe: MoeSpec, d: int) -> int:
+    router, experts = moe.router, moe.experts
+    match router.kind:
+        case "top_k":
+            return (d + router.bias) * experts
+        case "noisy_top_k":
+            return 2 * (d + router.bias) * experts
+        case "sigmoid_top_k":
+            return (d + 1) * experts
+        case "expert_choice":
+            return d * experts
+        case "soft":
+            return d * experts * router.slots
+    raise NotImplementedError(router.kind)
 
 
 def _mlp_matrices(mlp: MlpSpec, d: int) -> list[tuple[int, int]]:
@@ -229,14 +256,34 @@ def _stack_flops(
             for fan_in, fan_out in _attention_matrices(attention, d):
                 yield "attention", _product(fan_in, fan_out)
         if feed_forward is not None:
-            yield "feed_forward", _feed_forward_flops(feed_forward, d)
+            yield "feed_forward", _feed_forward_flops(feed_forward, d, seq_len)
 
 
-def _feed_forward_flops(feed_forward: MlpSpec, d: int) -> int:
+def _feed_forward_flops(feed_forward: MlpSpec | MoeSpec, d: int, seq_len: int) -> int:
     match feed_forward.kind:
         case "mlp":
-            return sum(_product(*matrix) for matrix in _mlp_matrices(feed_forward, d))
+            return _mlp_flops(feed_forward, d)
+        case "moe":
+            shared = feed_forward.shared
+            always = _mlp_flops(shared, d) if shared else 0
+            return round(always + _routed_flops(feed_forward, d, seq_len))
     raise NotImplementedError(feed_forward.kind)
+
+
+def _mlp_flops(mlp: MlpSpec, d: int) -> int:
+    return sum(_product(*matrix) for matrix in _mlp_matrices(mlp, d))
+
+
+def _routed_flops(moe: MoeSpec, d: int, seq_len: int) -> float:
+    """The router's logits and the experts that a token meets, no other (noise not counted)."""
+    router, one = moe.router, _mlp_flops(moe.expert, d)
+    if router.kind != "soft":
+        return _product(d, moe.experts) + moe.active_experts * one
+    slots = moe.experts * router.slots
+    if router.over == "token":
+        return _product(d, slots) + moe.experts * (one + _product(1, d))
+    # Logits, the mixing into slots and out of them; and the experts of all slots, once a row.
+    return 3 * _product(d, slots) + slots * one / seq_len
 
 
 def _product(fan_in: float, fan_out: int):

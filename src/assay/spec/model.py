@@ -264,7 +264,147 @@ class MlpSpec(Spec):
         return self
 
 
-FeedForward = Annotated[MlpSpec, Field()]
+# ---------------------------------------------------------------------------- experts
+
+
+class TopK(Spec):
+    """The k experts with the largest softmax probabilities (arXiv:1701.06538, 2101.03961).
+
+    A choice weighs its probability; with `renormalise`, its share among the k. `jitter` j
+    multiplies what the router reads by uniform(1 - j, 1 + j), in training only (Switch).
+    """
+
+    kind: Literal["top_k"] = "top_k"
+    k: PositiveInt = 2
+    renormalise: bool = True
+    jitter: Probability = 0.0
+    bias: bool = False
+
+
+class NoisyTopK(Spec):
+    """Softmax over the k largest of x W + eps softplus(x W_noise), eps ~ N(0, 1) (makeMoE).
+
+    Noise is drawn in training only; elsewhere it is the softmax over the k largest of x W. The
+    form is Shazeer et al.'s (arXiv:1701.06538), section 2.1. `bias` is on both projections.
+    """
+
+    kind: Literal["noisy_top_k"] = "noisy_top_k"
+    k: PositiveInt = 2
+    bias: bool = False
+
+
+class SigmoidTopK(Spec):
+    """Sigmoid scores, balanced by a bias and no loss (DeepSeek-V3, arXiv:2412.19437, 2.1.2).
+
+    The k experts are chosen by score + bias, and weigh their scores alone, `renormalise`d to sum
+    to 1, times `scale`. After each update an expert's bias moves by `bias_rate` towards the mean
+    load; no gradient moves it.
+    """
+
+    kind: Literal["sigmoid_top_k"] = "sigmoid_top_k"
+    k: PositiveInt = 2
+    renormalise: bool = True
+    scale: PositiveFloat = 1.0
+    bias_rate: Annotated[float, Field(ge=0)] = 1e-3
+
+
+class ExpertChoice(Spec):
+    """Each expert takes the tokens of a row that suit it best (Zhou et al., arXiv:2202.09368).
+
+    It takes `load` x T / experts of T tokens, by softmax probability, which is also the weight.
+    A token's fate depends on later tokens, so a causal stack refuses it.
+    """
+
+    kind: Literal["expert_choice"] = "expert_choice"
+    load: PositiveFloat = 2.0
+
+
+class Soft(Spec):
+    """Soft mixture (Puigcerver et al., arXiv:2308.00951): every expert reads mixtures of tokens.
+
+    Each expert has `slots`. Over the sequence, as published, a slot reads a softmax mixture of
+    all T tokens, and a token a softmax mixture of all slots: later tokens too, so a causal stack
+    refuses it. Over the token, the mixed group is one token: each slot then reads that token
+    (a softmax over one is 1), and the outputs are mixed by the softmax over slots. It cannot see
+    the future, and costs every expert for every token.
+    """
+
+    kind: Literal["soft"] = "soft"
+    slots: PositiveInt = 1
+    over: Literal["sequence", "token"] = "token"
+
+
+RouterSpec = Annotated[
+    TopK | NoisyTopK | SigmoidTopK | ExpertChoice | Soft, Field(discriminator="kind")
+]
+
+
+class CapacitySpec(Spec):
+    """At most `load` x k T / experts of a row's choices for one expert, in training only.
+
+    What is over is dropped: the token passes by the residual. `priority`: token fills the places
+    in the order of the row, which is causal; weight gives them to the largest router weights, as
+    JaxPT meant it, and lets a later token push out an earlier one: training then sees the future.
+    Evaluation and decoding drop nothing.
+    """
+
+    load: PositiveFloat = 1.25
+    priority: Literal["token", "weight"] = "token"
+
+
+class MoeSpec(Spec):
+    """A mixture of experts in the feed-forward's place.
+
+    `shared` is read by every token besides the routed experts. `balance_loss` weighs
+    E sum_e f_e P_e, which is 1 where loads are equal (Switch, arXiv:2101.03961, for any k);
+    `z_loss` the mean squared logsumexp of the router's logits (ST-MoE, arXiv:2202.08906).
+    """
+
+    kind: Literal["moe"] = "moe"
+    experts: Annotated[int, Field(ge=2)]
+    expert: MlpSpec
+    router: RouterSpec = TopK()
+    shared: MlpSpec | None = None
+    capacity: CapacitySpec | None = None
+    balance_loss: Annotated[float, Field(ge=0)] = 0.0
+    z_loss: Annotated[float, Field(ge=0)] = 0.0
+
+    @property
+    def active_experts(self) -> float:
+        """How many experts a token meets, on average where tokens do not choose."""
+        match self.router.kind:
+            case "expert_choice":
+                return self.router.load
+            case "soft":
+                return self.experts
+        return self.router.k
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        kind = self.router.kind
+        if kind == "expert_choice" and self.router.load > self.experts:
+            raise ValueError(
+                f"router.load: found {self.router.load}, which is more than all {self.experts} "
+                f"experts can take."
+            )
+        if kind not in ("expert_choice", "soft"):
+            if self.router.k > self.experts:
+                raise ValueError(
+                    f"router.k: found {self.router.k}, but there are {self.experts} experts."
+                )
+            return self
+        if self.capacity is not None:
+            raise ValueError(f"capacity: {kind} fills every expert alike; nothing can overflow.")
+        if self.balance_loss:
+            raise ValueError(
+                f"balance_loss: found {self.balance_loss}; {kind} loads every expert alike."
+            )
+        if kind == "soft" and self.z_loss:
+            raise ValueError(f"z_loss: found {self.z_loss}; it is of no use to a soft mixture.")
+        return self
+
+
+FeedForward = Annotated[MlpSpec | MoeSpec, Field(discriminator="kind")]
 
 
 class BlockSpec(Spec):
@@ -287,6 +427,24 @@ class BlockSpec(Spec):
         return self
 
 
+def _sees_future(feed_forward: MlpSpec | MoeSpec | None) -> str | None:
+    """Why a feed-forward cannot stand in a causal stack; None if it can."""
+    if feed_forward is None or feed_forward.kind != "moe":
+        return None
+    router = feed_forward.router
+    if router.kind == "expert_choice":
+        return (
+            "expert choice lets a later token take an earlier one's place in an expert, so a "
+            "causal stack cannot have it; use a top-k router."
+        )
+    if router.kind == "soft" and router.over == "sequence":
+        return (
+            "a soft mixture over the sequence mixes later tokens into earlier ones, so a causal "
+            "stack cannot have it; use over='token'."
+        )
+    return None
+
+
 class StackSpec(Spec):
     """`num_layers` blocks; block i is `pattern[i % len(pattern)]`."""
 
@@ -304,6 +462,10 @@ class StackSpec(Spec):
                 f"pattern: found {len(self.pattern)} blocks, but num_layers is "
                 f"{self.num_layers}: the last ones would never be used."
             )
+        for i, block in enumerate(self.pattern):
+            future = _sees_future(block.feed_forward)
+            if self.causal and future:
+                raise ValueError(f"pattern.{i}.feed_forward.router: {future}")
         return self
 
     def blocks(self) -> tuple[BlockSpec, ...]:

@@ -10,17 +10,22 @@ from assay.errors import AssayError, did_you_mean
 from assay.spec.model import (
     AttentionSpec,
     BlockSpec,
+    CapacitySpec,
     EmbeddingSpec,
     HeadSpec,
     InitSpec,
     LayerNorm,
     LearnedPositions,
     MlpSpec,
+    MoeSpec,
+    NoisyTopK,
     NoPositions,
     QkNorm,
     RmsNorm,
     Rope,
+    Soft,
     StackSpec,
+    TopK,
     TransformerSpec,
     ZeroInit,
 )
@@ -91,7 +96,7 @@ def vary(model: TransformerSpec, *, block=None, stack=None, **fields) -> Transfo
         return old.replace(**parts)
 
     pattern = tuple(changed(old) for old in model.decoder.pattern)
-    decoder = model.decoder.replace(pattern=pattern, **(stack or {}))
+    decoder = model.decoder.replace(**{"pattern": pattern} | (stack or {}))
     return model.replace(decoder=decoder, **fields)
 
 
@@ -104,6 +109,8 @@ def shrink(model: TransformerSpec) -> TransformerSpec:
     - heads: at most 2 kv heads, each serving as many query heads as before (at most 8);
     - d_model: the smallest multiple of 8 features for every head that is at least 32; head_dim,
       where given, and the hidden widths keep their ratio to it;
+    - experts: at most 8, or twice as many as a token chooses, which is kept; at most 4 slots of a
+      soft mixture; capacity, losses and shared experts are kept;
     - context: 64; windows keep their ratio to it, but are at least 4;
     - vocabulary: 64 (61 padded to 64 where the tables are padded); without a head, d_model.
 
@@ -141,10 +148,24 @@ def shrink(model: TransformerSpec) -> TransformerSpec:
         small = tuple(min(f, max(8, 8 * round(f * ratio / 8))) for f in old.widths)
         return old.replace(hidden=small if isinstance(old.hidden, tuple) else small[0])
 
+    def small_feed_forward(old: MlpSpec | MoeSpec) -> MlpSpec | MoeSpec:
+        if old.kind == "mlp":
+            return small_mlp(old)
+        router = old.router
+        if router.kind == "soft":
+            router = router.replace(slots=min(router.slots, 4))
+        chosen = 1 if router.kind in ("soft", "expert_choice") else router.k
+        return old.replace(
+            experts=min(old.experts, max(8, 2 * chosen)),
+            router=router,
+            expert=small_mlp(old.expert),
+            shared=old.shared and small_mlp(old.shared),
+        )
+
     blocks = tuple(
         block.replace(
             attention=block.attention and small_attention(block.attention),
-            feed_forward=block.feed_forward and small_mlp(block.feed_forward),
+            feed_forward=block.feed_forward and small_feed_forward(block.feed_forward),
         )
         for block in pattern
     )
@@ -287,6 +308,160 @@ qwen3_06b = vary(
 )
 register("qwen3-0.6b", "qwen3", "Qwen3 (arXiv:2505.09388)", qwen3_06b)
 
+# ---------------------------------------------------------------------------- experts
+
+swiglu_of = {"activation": "silu", "gated": True}
+
+tiny_moe_norm = RmsNorm(epsilon=1e-6)
+tiny_moe_attention = AttentionSpec(heads=12, kv_heads=4, positions=rope)
+tiny_moe_experts = MoeSpec(
+    experts=8,
+    expert=MlpSpec(hidden=2304, bias=True, **swiglu_of),
+    router=TopK(k=2),
+    capacity=CapacitySpec(load=1.1, priority="weight"),
+    balance_loss=1e-2,
+    z_loss=1e-3,
+)
+
+
+def tiny_moe_block(feed_forward: MlpSpec | MoeSpec) -> BlockSpec:
+    return BlockSpec(norm=tiny_moe_norm, attention=tiny_moe_attention, feed_forward=feed_forward)
+
+
+tiny_moe = TransformerSpec(
+    vocab_size=50304,
+    d_model=576,
+    context=2048,
+    decoder=StackSpec(
+        num_layers=32,
+        pattern=(
+            tiny_moe_block(tiny_moe_experts),
+            tiny_moe_block(MlpSpec(hidden=2304, **swiglu_of)),
+        ),
+        final_norm=tiny_moe_norm,
+    ),
+)
+tiny_moe_2 = vary(
+    tiny_moe,
+    d_model=672,
+    stack={
+        "num_layers": 30,
+        "final_norm": RmsNorm(),
+        "pattern": (
+            BlockSpec(
+                norm=RmsNorm(),
+                attention=tiny_moe_attention.replace(qk_norm=QkNorm(norm=RmsNorm())),
+                feed_forward=tiny_moe_experts.replace(
+                    expert=MlpSpec(hidden=2048, **swiglu_of),
+                    capacity=CapacitySpec(load=1.25),
+                    z_loss=1e-4,
+                ),
+            ),
+        ),
+    },
+)
+# The author's mixture over the sequence sees the future; over the token it cannot.
+tiny_moe_3 = vary(
+    tiny_moe,
+    stack={
+        "pattern": (
+            tiny_moe_block(
+                MoeSpec(
+                    experts=8,
+                    expert=tiny_moe_experts.expert,
+                    router=Soft(slots=256, over="token"),
+                )
+            ),
+            tiny_moe.decoder.pattern[1],
+        )
+    },
+)
+
+
+def tiny_moe_run(model: TransformerSpec) -> RunSpec:
+    return RunSpec(model=model, data=DataSpec(seq_len=256), compute=ComputeSpec(dtype="bfloat16"))
+
+
+register("tiny-moe", "jaxpt", JAXPT, tiny_moe, tiny_moe_run(tiny_moe))
+register("tiny-moe-2", "jaxpt", JAXPT, tiny_moe_2, tiny_moe_run(tiny_moe_2))
+register(
+    "tiny-moe-3",
+    "jaxpt",
+    f"{JAXPT}, its soft mixture over the token instead of the sequence",
+    tiny_moe_3,
+    tiny_moe_run(tiny_moe_3),
+)
+
+
+def with_experts(model: TransformerSpec, experts: MoeSpec, **changes) -> TransformerSpec:
+    """The model with experts in the place of every feed-forward."""
+    block = {"feed_forward": experts} | changes.pop("block", {})
+    return vary(model, block=block, **changes)
+
+
+register(
+    "mixtral-8x7b",
+    "mixtral",
+    "Mixtral (arXiv:2401.04088)",
+    with_experts(
+        llama_3_8b,
+        MoeSpec(
+            experts=8,
+            expert=MlpSpec(hidden=14336, **swiglu_of),
+            router=TopK(k=2),
+            balance_loss=0.02,
+        ),
+        vocab_size=32000,
+        context=32768,
+        block={"attention": {"positions": Rope(theta=1_000_000.0)}},
+    ),
+)
+register(
+    "olmoe-1b-7b",
+    "olmoe",
+    "OLMoE (arXiv:2409.02060)",
+    with_experts(
+        llama_3_8b,
+        MoeSpec(
+            experts=64,
+            expert=MlpSpec(hidden=1024, **swiglu_of),
+            router=TopK(k=8, renormalise=False),
+            balance_loss=0.01,
+            z_loss=0.001,
+        ),
+        vocab_size=50304,
+        d_model=2048,
+        context=4096,
+        stack={"num_layers": 16},
+        block={
+            "attention": {
+                "heads": 16,
+                "kv_heads": 16,
+                "positions": rope,
+                "qk_norm": QkNorm(norm=RmsNorm(), over="projection"),
+            }
+        },
+    ),
+)
+register(
+    "qwen3-30b-a3b",
+    "qwen3",
+    "Qwen3 (arXiv:2505.09388)",
+    with_experts(
+        qwen3_06b,
+        MoeSpec(
+            experts=128,
+            expert=MlpSpec(hidden=768, **swiglu_of),
+            router=TopK(k=8),
+            balance_loss=0.001,
+        ),
+        d_model=2048,
+        head=HeadSpec(tied=False),
+        stack={"num_layers": 48},
+        block={"attention": {"heads": 32, "kv_heads": 4}},
+    ),
+)
+
 # ---------------------------------------------------------------------------- small ones to train
 
 register(
@@ -366,6 +541,62 @@ tiny_gpt = nanogpt_sized(4, 128, 4, 64)
 register("tiny-gpt", "small", f"{NANOGPT}, CPU recipe", tiny_gpt, nanogpt_run(tiny_gpt, 12, 2000))
 baby_gpt = nanogpt_sized(6, 384, 6, 256)
 register("baby-gpt", "small", f"{NANOGPT}, GPU recipe", baby_gpt, nanogpt_run(baby_gpt, 64, 5000))
+
+# makeMoE and AttentionNet read Shakespeare by the character: 65 of them.
+make_moe_norm = LayerNorm()
+make_moe = TransformerSpec(
+    vocab_size=65,
+    d_model=128,
+    context=64,
+    embedding=EmbeddingSpec(positions=LearnedPositions()),
+    decoder=StackSpec(
+        num_layers=4,
+        pattern=(
+            BlockSpec(
+                norm=make_moe_norm,
+                attention=AttentionSpec(heads=8, out_bias=True, dropout=0.1),
+                feed_forward=MoeSpec(
+                    experts=8,
+                    expert=MlpSpec(hidden=512, activation="relu", bias=True),
+                    router=NoisyTopK(k=2, bias=True),
+                ),
+                dropout=0.1,
+            ),
+        ),
+        final_norm=make_moe_norm,
+    ),
+    head=HeadSpec(tied=False, bias=True),
+)
+register("make-moe", "small", "makeMoE-JAX", make_moe, nanogpt_run(make_moe, 16, 2000))
+
+ATTENTION_NET = "JAX-AttentionNet, with a causal mask"
+attention_net = vary(
+    gpt2,
+    vocab_size=65,
+    d_model=256,
+    context=64,
+    stack={"num_layers": 4},
+    block={
+        "attention": {"heads": 8},
+        "feed_forward": {"hidden": (512, 1024), "activation": "gelu"},
+    },
+)
+attention_net_plain = vary(attention_net, block={"feed_forward": {"hidden": 1024}})
+attention_net_moe = with_experts(
+    attention_net,
+    MoeSpec(
+        experts=4,
+        expert=MlpSpec(hidden=1024, bias=True),
+        router=TopK(k=2, bias=True),
+        balance_loss=1e-2,
+    ),
+)
+for name, model, what in (
+    ("attention-net", attention_net, "3-layer feed-forward"),
+    ("attention-net-plain", attention_net_plain, "2-layer feed-forward"),
+    ("attention-net-moe", attention_net_moe, "4 experts"),
+):
+    register(name, "small", f"{ATTENTION_NET}: {what}", model, nanogpt_run(model, 16, 2000))
 
 # Assay's own: what is known to train fast today, small enough for two cores. The demo's corpus is
 # half a megabyte, read several times over: dropout, a small vocabulary and decay keep it honest.

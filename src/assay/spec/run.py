@@ -218,13 +218,15 @@ class ComputeSpec(Spec):
     Parameters are float32 always; `dtype` is that of the products and the residual stream.
     `scan_layers` compiles one period of the stack instead of every layer. `remat` recomputes
     blocks in the backward pass. `kernels`: auto picks the fast form for the device that JAX
-    runs on; plain is autodiff of the plain formula.
+    runs on; plain is autodiff of the plain formula. `moe_dispatch` is how tokens get to their
+    experts (`model/moe.py`); auto is blocks on a CPU and ragged elsewhere.
     """
 
     dtype: Literal["float32", "bfloat16"] = "float32"
     scan_layers: bool = False
     remat: Literal["none", "block"] = "none"
     kernels: Literal["auto", "plain", "cpu"] = "auto"
+    moe_dispatch: Literal["auto", "dense", "ragged", "blocks", "capacity"] = "auto"
 
 
 class MeshSpec(Spec):

@@ -390,7 +390,7 @@ class _Log:
         self.tokens_here += tokens
         self.seconds_here += seconds
         for (step, _), value in zip(ready, values, strict=True):
-            record = {name: float(number) for name, number in value.items()}
+            record = jax.tree.map(lambda x: x.tolist(), value)
             self._watch(step, record)
             self.tokens += record.pop("tokens")
             self.loss, self.previous = record["loss"], record

@@ -1,8 +1,9 @@
 """Optimizers from Optax, told apart by what a parameter is; schedules as one factor.
 
 A parameter is a `matrix` (it maps features to features), a `table` (a row for each token or
-position), or a `vector` (biases and norm scales). Weight decay falls on matrices and tables;
-Muon takes matrices only.
+position), a `vector` (biases and norm scales), or a `balance` (a router's bias that evens out the
+loads of experts). Weight decay falls on matrices and tables; Muon takes matrices only; a balance
+is no optimizer's, but moves by steps of one size (`balanced`).
 """
 
 import jax
@@ -16,9 +17,13 @@ from assay.spec.run import OptimizerSpec, ScheduleSpec
 
 
 def parameter_kinds(model: nnx.Module) -> dict:
-    """matrix, table or vector for each parameter, as a pure dict like the parameters'."""
+    """The kind of each parameter, as a pure dict like the parameters'."""
 
     def kind(axes) -> str:
+        if axes == ("balance",):
+            return "balance"
+        if axes[0] == "expert":  # a batch of parameters, one an expert
+            axes = axes[1:]
         if len(axes) < 2:
             return "vector"
         return "table" if "vocab" in axes or axes[0] is None else "matrix"
@@ -30,7 +35,7 @@ def parameter_kinds(model: nnx.Module) -> dict:
 
 def make_optimizer(spec: OptimizerSpec, kinds: dict) -> optax.GradientTransformation:
     """Updates at the spec's full learning rate; the step multiplies them by the schedule."""
-    decayed = jax.tree.map(lambda kind: kind != "vector", kinds)
+    decayed = jax.tree.map(lambda kind: kind in ("matrix", "table"), kinds)
     match spec.kind:
         case "adamw":
             main = optax.adamw(
@@ -66,6 +71,31 @@ def make_optimizer(spec: OptimizerSpec, kinds: dict) -> optax.GradientTransforma
     if spec.clip is None:
         return main
     return optax.chain(optax.clip_by_global_norm(spec.clip), main)
+
+
+def balance_rates(model: nnx.Module) -> dict:
+    """The step of each balancing bias, 0 for every other parameter, like the parameters' dict."""
+    flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
+    rates = {path: param.get_metadata().get("rate", 0.0) for path, param in flat}
+    return nnx.traversals.unflatten_mapping(rates)
+
+
+def without_balance(grads: dict, kinds: dict) -> dict:
+    """The gradients, 0 where they are none: for a balancing bias it is the experts' excess load.
+
+    It must count neither in the gradient's norm nor in the optimizer's statistics.
+    """
+    return jax.tree.map(lambda g, kind: jnp.zeros_like(g) if kind == "balance" else g, grads, kinds)
+
+
+def balanced(params: dict, excess: dict, rates: dict) -> dict:
+    """Balancing biases moved one step against their expert's excess load; the rest as it is.
+
+    DeepSeek-V3 (arXiv:2412.19437, section 2.1.2). No schedule: the step has one size.
+    """
+    return jax.tree.map(
+        lambda p, e, rate: p - rate * jnp.sign(e) if rate else p, params, excess, rates
+    )
 
 
 def schedule_factor(

@@ -1,4 +1,4 @@
-"""The picture of a run: loss against tokens, from `metrics.jsonl` alone."""
+"""The pictures of a run, from `metrics.jsonl` alone: loss against tokens, and experts' loads."""
 
 import json
 from collections.abc import Mapping
@@ -57,5 +57,51 @@ def plot_losses(
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     picture = out / "loss.png"
+    figure.savefig(picture)
+    return picture
+
+
+def plot_experts(out: Path, *, title: str) -> Path | None:
+    """Draws how the load of each layer's experts changed over training, into `experts.png`.
+
+    A column is a logged step's histogram: an expert's share of the layer's choices, 1 where all
+    are loaded alike. Returns the picture's path; None where the model has no experts.
+    """
+    from matplotlib.figure import Figure
+
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    records = [r for r in map(json.loads, lines) if r.get("expert_load")]
+    if not records:
+        return None
+    layers = len(records[0]["expert_load"])
+    columns = min(4, layers)
+    rows = -(-layers // columns)
+    figure = Figure(figsize=(2 + 2.6 * columns, 0.8 + 2 * rows), dpi=120, layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False, sharex=True)
+    steps = [r["step"] for r in records]
+    for layer, axes in enumerate(grid.flat):
+        if layer >= layers:
+            axes.set_axis_off()
+            continue
+        experts = len(records[0]["expert_load"][layer])
+        # Transposed by hand: an expert a row, a step a column.
+        loads = [[experts * r["expert_load"][layer][e] for r in records] for e in range(experts)]
+        image = axes.imshow(
+            loads,
+            aspect="auto",
+            origin="lower",
+            interpolation="nearest",
+            cmap="RdBu_r",
+            vmin=0,
+            vmax=2,
+            extent=(steps[0] - 0.5, steps[-1] + 0.5, -0.5, experts - 0.5),
+        )
+        dropped = records[-1]["dropped_share"][layer]
+        axes.set_title(f"layer of experts {layer}, {dropped:.1%} dropped", fontsize=8)
+    figure.supxlabel("step", fontsize=9)
+    figure.supylabel("expert", fontsize=9)
+    figure.colorbar(image, ax=grid, label="load over the mean", extend="max")
+    figure.suptitle(title, fontsize=10)
+    picture = out / "experts.png"
     figure.savefig(picture)
     return picture

@@ -11,10 +11,17 @@ from flax import nnx
 from jaxtyping import Array, Float32, Int32, Key
 
 from assay.model.transformer import Transformer
-from assay.spec.model import TransformerSpec
+from assay.spec.model import BlockSpec, TransformerSpec
 from assay.spec.run import RunSpec
 from assay.train.loss import count_tokens, summed_objective
-from assay.train.optimizer import make_optimizer, parameter_kinds, schedule_factor
+from assay.train.optimizer import (
+    balance_rates,
+    balanced,
+    make_optimizer,
+    parameter_kinds,
+    schedule_factor,
+    without_balance,
+)
 
 Batch = dict[str, Array]
 
@@ -30,7 +37,7 @@ class TrainState:
     key: Key[Array, ""]
 
 
-Metrics = dict[str, Float32[Array, ""]]
+Metrics = dict[str, Any]
 Step = Callable[[TrainState, Batch, Float32[Array, ""]], tuple[TrainState, Metrics]]
 
 
@@ -47,10 +54,12 @@ def make_step(run: RunSpec, abstract_model: Transformer) -> Step:
     """The function (state, batch, progress) -> (state, metrics), to be jitted by the caller.
 
     `progress` is the share of the budget spent before this update. Metrics: loss (nats a
-    token), objective (what was minimised), grad_norm (before clipping), lr, tokens.
+    token), objective (what was minimised), grad_norm (before clipping), lr, tokens; and where
+    there are experts those of `loss.routing_metrics`, with a list entry for each layer of them.
     """
     graph = nnx.graphdef(abstract_model)
-    tx = make_optimizer(run.optimizer, parameter_kinds(abstract_model))
+    kinds, rates = parameter_kinds(abstract_model), balance_rates(abstract_model)
+    tx = make_optimizer(run.optimizer, kinds)
     parts = run.train.accumulate
     random = uses_randomness(run.model)
 
@@ -58,8 +67,8 @@ def make_step(run: RunSpec, abstract_model: Transformer) -> Step:
         def objective(params):
             return summed_objective(nnx.merge(graph, params), batch, run.train, key)
 
-        (total, loss), grads = jax.value_and_grad(objective, has_aux=True)(params)
-        return grads, total, loss
+        (total, parts), grads = jax.value_and_grad(objective, has_aux=True)(params)
+        return grads, total, parts
 
     def accumulated(params, batch, key):
         """The same sums, a part of the batch at a time."""
@@ -70,22 +79,26 @@ def make_step(run: RunSpec, abstract_model: Transformer) -> Step:
             part_key = None if key is None else jax.random.fold_in(key, index)
             return jax.tree.map(jnp.add, sums, gradients(params, batch, part_key)), None
 
-        zeros = (jax.tree.map(jnp.zeros_like, params), jnp.float32(0), jnp.float32(0))
+        first = jax.tree.map(lambda x: x[0], split)
+        shapes = jax.eval_shape(gradients, params, first, key)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         sums, _ = jax.lax.scan(one, zeros, (jnp.arange(parts), split))
         return sums
 
     def step(state: TrainState, batch: Batch, progress) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.key, state.step) if random else None
         compute = gradients if parts == 1 else accumulated
-        grads, objective, loss = compute(state.params, batch, key)
+        sums, objective, logged = compute(state.params, batch, key)
         tokens = count_tokens(batch)
         share = 1.0 / jnp.maximum(tokens, 1.0)
-        grads = jax.tree.map(lambda g: g * share, grads)
+        sums = jax.tree.map(lambda g: g * share, sums)
+        grads = without_balance(sums, kinds)
         factor = schedule_factor(run.schedule, state.step, progress)
         updates, optimizer = tx.update(grads, state.optimizer, state.params)
         params = jax.tree.map(lambda p, u: p + factor * u, state.params, updates)
+        params = balanced(params, sums, rates)
         metrics = {
-            "loss": loss * share,
+            **jax.tree.map(lambda x: x * share, logged),
             "objective": objective * share,
             "grad_norm": optax.tree.norm(grads),
             "lr": factor * run.optimizer.lr,
@@ -126,8 +139,14 @@ def split_statistic(path: tuple) -> tuple[str, tuple]:
 
 def uses_randomness(model: TransformerSpec) -> bool:
     """Whether the training forward draws random numbers."""
-    blocks = model.decoder.pattern
-    return model.embedding.dropout > 0 or any(
-        block.dropout > 0 or (block.attention is not None and block.attention.dropout > 0)
-        for block in blocks
-    )
+
+    def draws(block: BlockSpec) -> bool:
+        attention, feed_forward = block.attention, block.feed_forward
+        if block.dropout > 0 or (attention is not None and attention.dropout > 0):
+            return True
+        if feed_forward is None or feed_forward.kind != "moe":
+            return False
+        router = feed_forward.router
+        return router.kind == "noisy_top_k" or (router.kind == "top_k" and router.jitter > 0)
+
+    return model.embedding.dropout > 0 or any(map(draws, model.decoder.pattern))
