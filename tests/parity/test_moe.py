@@ -1,14 +1,14 @@
 """Mixtral, OLMoE and Qwen3-MoE against PyTorch's, by Hugging Face `transformers`.
 
-Small models of random weights, shrunk from the presets; 1e-4 in float32, never relaxed. The
-arrays are handed over here: there is no mapping table of these families yet.
+Small models of random weights, shrunk from the presets; 1e-4 in float32, never relaxed. They go
+through checkpoints on disk, which keep experts one by one where the modules stack them.
 """
 
 import jax
 import numpy as np
 import pytest
 import torch
-from transformers import MixtralConfig, OlmoeConfig, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, MixtralConfig, OlmoeConfig, Qwen3MoeConfig
 from transformers.models.mixtral.modeling_mixtral import (
     MixtralForCausalLM,
     load_balancing_loss_func,
@@ -16,7 +16,9 @@ from transformers.models.mixtral.modeling_mixtral import (
 from transformers.models.olmoe.modeling_olmoe import OlmoeForCausalLM
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeForCausalLM
 
-from assay.model.transformer import Transformer, from_named_parameters
+from assay.interop.huggingface import load_folder, save_folder
+from assay.interop.huggingface_config import canonical, config_from_spec, spec_from_config
+from assay.model.transformer import from_named_parameters
 from assay.spec import presets
 from assay.spec.model import TransformerSpec
 from assay.spec.run import ComputeSpec
@@ -72,44 +74,22 @@ def qwen3(spec):
     return Qwen3MoeForCausalLM(config)
 
 
-def ours(theirs, spec) -> dict:
-    """Our named parameters, of a model of theirs whose experts are kept stacked."""
-    state = {name: x.detach().numpy() for name, x in theirs.state_dict().items()}
-    named = {
-        "embedding.table": state["model.embed_tokens.weight"],
-        "final_norm.scale": state["model.norm.weight"],
-        "head.w": state["lm_head.weight"].T,
-    }
-    for i in range(spec.decoder.num_layers):
-        from_, to = f"model.layers.{i}", f"layers.{i}"
-        named[f"{to}.attention_norm.scale"] = state[f"{from_}.input_layernorm.weight"]
-        named[f"{to}.feed_forward_norm.scale"] = state[f"{from_}.post_attention_layernorm.weight"]
-        for name in "qkvo":
-            named[f"{to}.attention.{name}.w"] = state[f"{from_}.self_attn.{name}_proj.weight"].T
-        for name in ("q_norm", "k_norm"):
-            if f"{from_}.self_attn.{name}.weight" in state:
-                norm = state[f"{from_}.self_attn.{name}.weight"]
-                named[f"{to}.attention.{name}.scale"] = norm
-        experts = f"{to}.feed_forward.experts"
-        named[f"{to}.feed_forward.router.w"] = state[f"{from_}.mlp.gate.weight"].T
-        both = state[f"{from_}.mlp.experts.gate_up_proj"].swapaxes(1, 2)  # (E, D, 2 F)
-        named[f"{experts}.gate.w"], named[f"{experts}.up.0.w"] = np.split(both, 2, axis=-1)
-        named[f"{experts}.down.w"] = state[f"{from_}.mlp.experts.down_proj"].swapaxes(1, 2)
-    return {name: np.ascontiguousarray(x) for name, x in named.items()}
-
-
 FAMILIES = {"mixtral-8x7b": mixtral, "olmoe-1b-7b": olmoe, "qwen3-30b-a3b": qwen3}
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_logits_and_balance_loss(name):
+def test_both_ways_with_losses(name, tmp_path):
     spec = presets.shrink(presets.get(name).model)
     torch.manual_seed(0)
     theirs = FAMILIES[name](spec).eval()
     with torch.no_grad():
         for parameter_name, x in theirs.named_parameters():
             x.normal_(1.0 if "norm" in parameter_name else 0.0, 0.15)
-    model: Transformer = from_named_parameters(spec, ours(theirs, spec), ComputeSpec())
+    theirs.save_pretrained(tmp_path / "theirs")
+    found, named = load_folder(tmp_path / "theirs")
+    layer, wanted_layer = (x.decoder.pattern[0].feed_forward for x in (found, spec))
+    assert (layer.router, layer.expert) == (wanted_layer.router, wanted_layer.expert)
+    model = from_named_parameters(found, named, ComputeSpec())
     tokens = np.random.default_rng(0).integers(spec.vocab_size, size=(B, T))
     with torch.no_grad():
         wanted = theirs(torch.from_numpy(tokens), output_router_logits=True)
@@ -126,3 +106,10 @@ def test_logits_and_balance_loss(name):
         )
         z_loss = torch.logsumexp(logits, dim=-1).square().mean()
         assert float(record.z_loss) == pytest.approx(float(z_loss), rel=TOLERANCE)
+    # And back.
+    save_folder(tmp_path / "ours", named, spec)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "ours").eval()
+    with torch.no_grad():
+        back = again(torch.from_numpy(tokens)).logits
+    torch.testing.assert_close(back, wanted.logits, atol=1e-6, rtol=1e-6)
+    assert canonical(spec_from_config(config_from_spec(spec))) == canonical(spec)

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,7 +91,8 @@ class Row:
     """Parameters of ours, the tensor of theirs that holds them, and its form.
 
     `vocab` marks a tensor whose first axis counts tokens: rows that only pad our table are left
-    out on the way there, and are zeros on the way back.
+    out on the way there, and are zeros on the way back. `{e}` in their name is an expert: they
+    have a tensor for each, we one array with experts in its first axis.
     """
 
     ours: str | tuple[str, ...]
@@ -172,7 +174,33 @@ QWEN3 = Table(
     ),
 )
 
-TABLES = {"gpt2": GPT2, "llama": LLAMA, "mistral": LLAMA, "qwen2": LLAMA, "qwen3": QWEN3}
+
+def _experts(block: str, gate: str, up: str, down: str) -> tuple[Row, ...]:
+    """The router's row and those of gated experts, by their names."""
+    ours, theirs = "layers.{i}.feed_forward", f"model.layers.{{i}}.{block}"
+    pairs = {"gate": gate, "up.0": up, "down": down}
+    return (
+        Row(f"{ours}.router.w", f"{theirs}.gate.weight", TRANSPOSED),
+        *(
+            Row(f"{ours}.experts.{name}.w", f"{theirs}.experts.{{e}}.{other}.weight", TRANSPOSED)
+            for name, other in pairs.items()
+        ),
+    )
+
+
+MIXTRAL = Table("model.", (*LLAMA.rows, *_experts("block_sparse_moe", "w1", "w3", "w2")))
+QWEN3_MOE = Table("model.", (*QWEN3.rows, *_experts("mlp", "gate_proj", "up_proj", "down_proj")))
+
+TABLES = {
+    "gpt2": GPT2,
+    "llama": LLAMA,
+    "mistral": LLAMA,
+    "qwen2": LLAMA,
+    "qwen3": QWEN3,
+    "mixtral": MIXTRAL,
+    "olmoe": QWEN3_MOE,
+    "qwen3_moe": QWEN3_MOE,
+}
 """`model_type` -> its table."""
 
 BUFFERS = re.compile(r"(^|\.)(attn\.(masked_)?bias|rotary_emb\.inv_freq)$")
@@ -185,7 +213,10 @@ HEAD = "lm_head.weight"
 
 @dataclass(frozen=True)
 class Tensor:
-    """One tensor of a checkpoint of theirs, and the parameters of ours that it holds."""
+    """One tensor of a checkpoint of theirs, and the parameters of ours that it holds.
+
+    Of an `expert`, it holds one entry of our array's first axis.
+    """
 
     name: str
     shape: Shape
@@ -193,6 +224,7 @@ class Tensor:
     ours: tuple[str, ...]
     our_shapes: tuple[Shape, ...]
     vocab_size: int
+    expert: int | None = None
 
     def to_theirs(self, arrays: Sequence[np.ndarray]) -> np.ndarray:
         tensor = self.row.form.to_theirs(arrays)
@@ -224,6 +256,14 @@ def layout(spec: TransformerSpec, family: str | None = None) -> list[Tensor]:
         if not all(name in shapes for name in ours):
             return  # a part that this architecture does not have
         our_shapes = tuple(shapes[name] for name in ours)
+        if "{e}" in row.theirs:
+            one = tuple(shape[1:] for shape in our_shapes)
+            for e in range(our_shapes[0][0]):
+                name = row.theirs.format(i=i, e=e)
+                tensor = Tensor(name, row.form.shape(one), row, ours, one, spec.vocab_size, e)
+                tensors.append(tensor)
+            placed.update(ours)
+            return
         shape = row.form.shape(our_shapes)
         if row.vocab:
             shape = (spec.vocab_size, *shape[1:])
@@ -258,8 +298,11 @@ def iterate_theirs(
         for name, shape in zip(tensor.ours, tensor.our_shapes, strict=True):
             if name not in named:
                 raise AssayError(f"{name}: this parameter is missing.")
-            arrays.append(np.asarray(named[name]))
-            _check_shape(name, arrays[-1].shape, shape)
+            array = np.asarray(named[name])
+            if tensor.expert is not None and tensor.expert < len(array):
+                array = array[tensor.expert]
+            arrays.append(array)
+            _check_shape(name, array.shape, shape)
         yield tensor.name, tensor.to_theirs(arrays)
 
 
@@ -278,6 +321,8 @@ def iterate_ours(
     family = known_family(family or family_of(spec))
     wanted = layout(spec, family)
     where = _locate(tensors, wanted, TABLES[family].prefix, spec)
+    counts = Counter(name for tensor in wanted for name in tensor.ours)
+    stacks: dict[str, list[np.ndarray]] = {}
     for tensor in wanted:
         array = np.asarray(tensors[where[tensor.name]])
         _check_values(tensor.name, array)
@@ -287,7 +332,14 @@ def iterate_ours(
             raise AssayError(
                 f"{HEAD}: differs from {tensor.name}, though tie_word_embeddings says they are one."
             )
-        yield from zip(tensor.ours, tensor.to_ours(array), strict=True)
+        held = zip(tensor.ours, tensor.to_ours(array), strict=True)
+        if tensor.expert is None:
+            yield from held
+            continue
+        for name, one in held:  # a layer's experts follow one another: one array at a time
+            stacks.setdefault(name, []).append(one)
+            if len(stacks[name]) == counts[name]:
+                yield name, np.stack(stacks.pop(name))
 
 
 def to_huggingface(

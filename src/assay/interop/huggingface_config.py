@@ -1,9 +1,10 @@
 """Hugging Face's `config.json` and our spec: one pair of small functions a family.
 
 What a family can express is what survives the way there and back, so that is the test: a spec
-that returns changed is refused, with the first field that changed. Two things are let go, since
+that returns changed is refused, with the first field that changed. Three things are let go, since
 they are no part of what a trained model computes: how parameters begin (but for the standard
-deviation, `initializer_range`), and rows that only pad the vocabulary's tables.
+deviation, `initializer_range`), rows that only pad the vocabulary's tables, and experts' capacity
+limits and z-loss.
 
 Source: the configuration and modelling files of `transformers` 5; names and defaults are theirs.
 """
@@ -11,7 +12,7 @@ Source: the configuration and modelling files of `transformers` 5; names and def
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from assay.errors import AssayError, did_you_mean
 from assay.spec.base import Spec
@@ -26,11 +27,13 @@ from assay.spec.model import (
     LinearScaling,
     Llama3Scaling,
     MlpSpec,
+    MoeSpec,
     NormalInit,
     QkNorm,
     RmsNorm,
     Rope,
     StackSpec,
+    TopK,
     TransformerSpec,
     YarnScaling,
 )
@@ -141,8 +144,8 @@ def _write(spec: TransformerSpec, family: str) -> Config:
 def canonical(spec: TransformerSpec) -> TransformerSpec:
     """The same function written in the one way that reading a config gives.
 
-    A default that was spelt out becomes the default, a pattern its shortest period; padding
-    and initialisation, which no config holds, become the defaults.
+    A default that was spelt out becomes the default, a pattern its shortest period; padding,
+    initialisation, and experts' capacity and z-loss, which no config holds, become the defaults.
     """
     blocks = tuple(_canonical_block(block, spec.d_model) for block in spec.decoder.blocks())
     decoder = spec.decoder.replace(pattern=shortest_period(blocks))
@@ -177,6 +180,13 @@ def _canonical_block(block: BlockSpec, d_model: int) -> BlockSpec:
         block = block.replace(attention=attention.replace(**changes))
     if feed_forward is not None and feed_forward.kind == "mlp" and len(feed_forward.widths) == 1:
         block = block.replace(feed_forward=feed_forward.replace(hidden=feed_forward.widths[0]))
+    if feed_forward is not None and feed_forward.kind == "moe":
+        expert = feed_forward.expert
+        if len(expert.widths) == 1:
+            expert = expert.replace(hidden=expert.widths[0])
+        block = block.replace(
+            feed_forward=feed_forward.replace(expert=expert, capacity=None, z_loss=0.0)
+        )
     return block
 
 
@@ -185,7 +195,13 @@ def _what_is_lost(spec: TransformerSpec, family: str) -> str | None:
     for i, block in enumerate(spec.decoder.pattern):
         for part in ("attention", "feed_forward"):
             kind = getattr(getattr(block, part), "kind", part)
-            if getattr(block, part) is None or kind == "moe":
+            experts = kind == "moe"
+            misfit = part == "feed_forward" and experts != (family in EXPERT_FAMILIES)
+            if experts and not misfit and block.feed_forward.router.kind != "top_k":
+                path = f"decoder.pattern.{i}.feed_forward.router"
+                found = block.feed_forward.router.kind
+                return f"{path}: found {found}, which the family '{family}' cannot express"
+            if getattr(block, part) is None or misfit:
                 found = "none" if getattr(block, part) is None else kind
                 path = f"decoder.pattern.{i}.{part}"
                 return f"{path}: found {found}, which the family '{family}' cannot express"
@@ -411,10 +427,14 @@ def _llama_like(
     qkv_bias: bool = False,
     out_bias: bool = False,
     mlp_bias: bool = False,
-    qk_norm: bool = False,
+    qk_norm: Literal["head", "projection"] | None = None,
     windows: Sequence[int | None] = (None,),
+    router: TopK | None = None,
 ) -> TransformerSpec:
-    """The decoder that these families share; layer i has window `windows[i % len(windows)]`."""
+    """The decoder that these families share; layer i has window `windows[i % len(windows)]`.
+
+    With a `router`, its feed-forwards are experts.
+    """
     norm = RmsNorm(epsilon=c["rms_norm_eps"])
     heads, width = c["num_attention_heads"], c["hidden_size"]
     head_dim, kv_heads = c.get("head_dim"), c["num_key_value_heads"]
@@ -427,7 +447,7 @@ def _llama_like(
             positions=_read_rope(c),
             qkv_bias=qkv_bias,
             out_bias=out_bias,
-            qk_norm=QkNorm(norm=norm, over="head") if qk_norm else None,
+            qk_norm=QkNorm(norm=norm, over=qk_norm) if qk_norm else None,
             window=window,
             dropout=c["attention_dropout"] or 0.0,
         )
@@ -437,6 +457,14 @@ def _llama_like(
             gated=True,
             bias=mlp_bias,
         )
+        if router is not None:
+            feed_forward = MoeSpec(
+                # transformers 5 reads both names, and writes the first
+                experts=c.get("num_local_experts") or c["num_experts"],
+                expert=feed_forward,
+                router=router,
+                balance_loss=c["router_aux_loss_coef"],
+            )
         return BlockSpec(norm=norm, attention=attention, feed_forward=feed_forward)
 
     return TransformerSpec(
@@ -456,14 +484,16 @@ def _llama_like(
 def _write_llama_like(spec: TransformerSpec) -> Config:
     block = spec.decoder.pattern[0]
     attention, positions = block.attention, block.attention.positions
+    feed_forward = block.feed_forward
+    mlp = feed_forward.expert if feed_forward.kind == "moe" else feed_forward
     config = {
         "hidden_size": spec.d_model,
-        "intermediate_size": block.feed_forward.widths[0],
+        "intermediate_size": mlp.widths[0],
         "num_hidden_layers": spec.decoder.num_layers,
         "num_attention_heads": attention.heads,
         "num_key_value_heads": attention.num_kv_heads,
         "head_dim": attention.width(spec.d_model),
-        "hidden_act": _write_activation(block.feed_forward),
+        "hidden_act": _write_activation(mlp),
         "max_position_embeddings": spec.context,
         "rms_norm_eps": block.norm.epsilon,
         "attention_dropout": attention.dropout,
@@ -501,12 +531,82 @@ def _write_qwen2(spec: TransformerSpec) -> Config:
 
 def _read_qwen3(c: Config) -> TransformerSpec:
     bias = c["attention_bias"]
-    return _llama_like(c, qkv_bias=bias, out_bias=bias, qk_norm=True, windows=_read_windows(c))
+    return _llama_like(c, qkv_bias=bias, out_bias=bias, qk_norm="head", windows=_read_windows(c))
 
 
 def _write_qwen3(spec: TransformerSpec) -> Config:
     bias = spec.decoder.pattern[0].attention.qkv_bias
     return _write_llama_like(spec) | {"attention_bias": bias} | _write_windows(spec)
+
+
+def _read_mixtral(c: Config) -> TransformerSpec:
+    router = TopK(k=c["num_experts_per_tok"], jitter=c["router_jitter_noise"] or 0.0)
+    return _llama_like(c, windows=(c["sliding_window"],), router=router)
+
+
+def _write_mixtral(spec: TransformerSpec) -> Config:
+    experts = spec.decoder.pattern[0].feed_forward
+    return _write_mistral(spec) | {
+        "num_local_experts": experts.experts,
+        "num_experts_per_tok": experts.router.k,
+        "router_jitter_noise": experts.router.jitter,
+        "router_aux_loss_coef": experts.balance_loss,
+    }
+
+
+def _read_olmoe(c: Config) -> TransformerSpec:
+    _refuse_if_set(c, "clip_qkv")
+    bias, router = c["attention_bias"], _read_router(c)
+    return _llama_like(c, qkv_bias=bias, out_bias=bias, qk_norm="projection", router=router)
+
+
+def _write_olmoe(spec: TransformerSpec) -> Config:
+    config = _write_llama_like(spec) | _write_router(spec)
+    config.pop("head_dim")  # there it is always hidden_size / num_attention_heads
+    bias = spec.decoder.pattern[0].attention.qkv_bias
+    return config | {"attention_bias": bias, "clip_qkv": None}
+
+
+def _read_qwen3_moe(c: Config) -> TransformerSpec:
+    _refuse_if_set(c, "mlp_only_layers")
+    if c["decoder_sparse_step"] != 1:
+        raise AssayError("config.json: decoder_sparse_step must be 1; other layers are dense.")
+    bias = c["attention_bias"]
+    return _llama_like(
+        {**c, "intermediate_size": c["moe_intermediate_size"]},
+        qkv_bias=bias,
+        out_bias=bias,
+        qk_norm="head",
+        windows=(c["sliding_window"] if c["use_sliding_window"] else None,),
+        router=_read_router(c),
+    )
+
+
+def _write_qwen3_moe(spec: TransformerSpec) -> Config:
+    config = _write_llama_like(spec) | _write_router(spec)
+    attention = spec.decoder.pattern[0].attention
+    return config | {
+        "moe_intermediate_size": config["intermediate_size"],
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "attention_bias": attention.qkv_bias,
+        "use_sliding_window": attention.window is not None,
+        "sliding_window": attention.window,
+    }
+
+
+def _read_router(c: Config) -> TopK:
+    return TopK(k=c["num_experts_per_tok"], renormalise=c["norm_topk_prob"])
+
+
+def _write_router(spec: TransformerSpec) -> Config:
+    experts = spec.decoder.pattern[0].feed_forward
+    return {
+        "num_experts": experts.experts,
+        "num_experts_per_tok": experts.router.k,
+        "norm_topk_prob": experts.router.renormalise,
+        "router_aux_loss_coef": experts.balance_loss,
+    }
 
 
 def _read_windows(c: Config) -> list[int | None]:
@@ -624,5 +724,66 @@ CONFIG_FAMILIES = {
         _read_qwen3,
         _write_qwen3,
     ),
+    "mixtral": ConfigFamily(
+        "MixtralForCausalLM",
+        _SHARED
+        | {
+            "vocab_size": 32000,
+            "intermediate_size": 14336,
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 4096 * 32,
+            "rms_norm_eps": 1e-5,
+            "sliding_window": None,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+            "router_jitter_noise": 0.0,
+            "router_aux_loss_coef": 0.001,
+        },
+        _read_mixtral,
+        _write_mixtral,
+    ),
+    "olmoe": ConfigFamily(
+        "OlmoeForCausalLM",
+        _SHARED
+        | {
+            "vocab_size": 50304,
+            "hidden_size": 2048,
+            "intermediate_size": 2048,
+            "num_hidden_layers": 16,
+            "num_attention_heads": 16,
+            "num_key_value_heads": None,
+            "max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-5,
+            "attention_bias": False,
+            "clip_qkv": None,
+            "num_experts": 64,
+            "num_experts_per_tok": 8,
+            "norm_topk_prob": False,
+            "router_aux_loss_coef": 0.01,
+        },
+        _read_olmoe,
+        _write_olmoe,
+    ),
+    "qwen3_moe": ConfigFamily(
+        "Qwen3MoeForCausalLM",
+        _QWEN
+        | {
+            "hidden_size": 2048,
+            "intermediate_size": 6144,
+            "num_hidden_layers": 24,
+            "num_key_value_heads": 4,
+            "attention_bias": False,
+            "moe_intermediate_size": 768,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": None,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "norm_topk_prob": False,
+            "router_aux_loss_coef": 0.001,
+        },
+        _read_qwen3_moe,
+        _write_qwen3_moe,
+    ),
 }
+EXPERT_FAMILIES = ("mixtral", "olmoe", "qwen3_moe")
 """`model_type` -> how it is read and written; the order is that in which a spec is tried."""
