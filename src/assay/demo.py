@@ -54,7 +54,7 @@ def run_demo(
     unigram, bigram = baselines.unigram, baselines.bigram
     picture = plot_losses(
         folder,
-        title=f"nano on {corpus}, {result.seconds:.0f} s on {run.mesh.devices} CPU",
+        title=f"nano on {corpus}: {result.steps} steps in {result.seconds:.0f} s",
         baselines={"unigram": unigram, "bigram": bigram},
     )
     loaded = load(folder)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 
 
@@ -21,6 +22,9 @@ def plot_losses(
     if not training:
         return None
     tokens_at = {r["step"]: r["tokens"] for r in training}
+    gaps = [later["step"] - r["step"] for r, later in pairwise(training)]
+    if len(gaps) > 1 and gaps[-1] < gaps[-2]:
+        training = training[:-1]  # the mean of fewer losses than the others: noise
     bits = all("bpb" in r for r in training)
     held_out = [
         (tokens_at[r["step"]], r["val_bpb" if bits else "val_loss"])
