@@ -36,7 +36,7 @@ Seed = Annotated[int, typer.Option(help="Of everything drawn at random.", min=0)
 def out() -> Console:
     """Standard output, at the terminal's width; 80 columns where there is none."""
     console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=100)
+    return console if console.is_terminal else Console(highlight=False, width=80)
 
 
 def emit(data: dict[str, Any], as_json: bool) -> None:
@@ -380,6 +380,7 @@ def _print_result(result) -> None:
         "held-out": _figure(result.val_bpb, "bits/byte"),
         "time": f"{result.seconds:.1f} s, and {result.compile_seconds:.1f} s to compile",
         "speed": _figure(result.tokens_per_second, "tokens/s", ",.0f"),
+        "loss plot": str(Path(result.out) / "loss.png"),
     }
     for name, value in rows.items():
         table.add_row(name, value)

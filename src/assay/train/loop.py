@@ -141,6 +141,7 @@ def _train(
     step = int(state.step)
 
     # ---- compile, for the shapes of the next batch, which is then put back
+    reporter.note(f"Compiling for {run.data.batch_size} x {run.data.seq_len} tokens an update.")
     began, position = time.monotonic(), batches.state()
     update = update.lower(state, next(batches), np.float32(0)).compile()
     batches.restore(position)

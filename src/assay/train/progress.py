@@ -64,7 +64,7 @@ class Bar:
             console=self.console,
             expand=True,
         )
-        self.task = self.progress.add_task(title, total=1.0, figures="compiling", left=None)
+        self.task = self.progress.add_task(title, total=1.0, figures="first steps", left=None)
         self.progress.start()
 
     def update(self, share: float, record: dict[str, Any]) -> None:
