@@ -1,13 +1,17 @@
 """What holds for every test: eight CPU devices, no network, no user's cache, strict JAX.
 
 The environment is set before JAX is imported, so that the commands that tests start inherit it.
+Compiled programs are kept from one session to the next, a folder for each machine. They are not
+for those commands: one that is killed while it writes would leave half a program behind.
 """
 
 import os
+import platform
 import random
 import shutil
 import socket
 import tempfile
+from pathlib import Path
 
 DEVICES = 8
 
@@ -26,6 +30,11 @@ import numpy as np
 import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+PROGRAMS = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "assay-tests"
+jax.config.update("jax_compilation_cache_dir", str(PROGRAMS / platform.node()))
+jax.config.update("jax_compilation_cache_max_size", 2**30)  # a size also brings a lock
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
 
 hypothesis.settings.register_profile(
     "repeatable",

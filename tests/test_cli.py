@@ -76,6 +76,17 @@ def test_corpora_are_listed(last_json):
     assert {"python-docs", "python-stdlib", "shakespeare"} <= set(names)
 
 
+@pytest.mark.parametrize(
+    "arguments", [["presets"], ["corpora"], ["show", "mqa"], ["show", "tiny-moe"], ["--help"]]
+)
+def test_what_people_read_fits_80_columns(assay, arguments):
+    status, out, err = assay(*arguments)
+    assert (status, err) == (0, "")
+    assert len(out.splitlines()) > 5
+    assert max(map(len, out.splitlines())) <= 80
+    assert " at 0x" not in out
+
+
 def test_train_generate_eval_and_train_again(last_json, assay, corpus, tmp_path):
     out = tmp_path / "run"
     result = last_json("train", "nano", "--data", corpus, "--steps", 6, "--out", out, *SMALL)

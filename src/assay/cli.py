@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from assay.errors import AssayError
@@ -105,7 +106,7 @@ def presets(as_json: Json = False) -> None:
                 _count(row["active_params"]),
                 f"{row['context']:,}",
                 f"{row['vocabulary']:,}",
-                row["source"],
+                escape(row["source"]),
             )
         out().print(table)
     emit({"presets": rows}, as_json)
@@ -119,11 +120,23 @@ def corpora(as_json: Json = False) -> None:
     """
     from assay.data.corpora import corpora as named
 
-    rows = [asdict(corpus) for corpus in named()]
+    rows = [
+        {
+            "name": corpus.name,
+            "size": corpus.size,
+            "needs_network": corpus.needs_network,
+            "description": corpus.description,
+        }
+        for corpus in named()
+    ]
     if not as_json:
-        table = Table(*rows[0], box=None)
+        table = Table("name", "size", "network", "what it is", box=None)
         for row in rows:
-            table.add_row(*map(str, row.values()))
+            network = "needed" if row["needs_network"] else ""
+            size = f"{row['size'] / 1e6:.1f} MB" if row["size"] else "-"
+            table.add_row(
+                f"[bold]{escape(row['name'])}[/]", size, network, escape(row["description"])
+            )
         out().print(table)
     emit({"corpora": rows}, as_json)
 
@@ -544,7 +557,7 @@ def check(
         table = Table("", "check", "worst", "where", box=None)
         for row in report.checks:
             mark = "[green]✓[/]" if row.passed else "[red]✗[/]"
-            table.add_row(mark, row.name, f"{row.worst:.3g}", row.where or row.note or "")
+            table.add_row(mark, row.name, f"{row.worst:.3g}", escape(row.where or row.note or ""))
         out().print(table)
     emit({"model": model, **asdict(report)}, as_json)
     if not report.passed:
