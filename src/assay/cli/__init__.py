@@ -1,0 +1,24 @@
+"""The `assay` command: parse, call, print. Nothing is computed here, and JAX is imported late."""
+
+import sys
+
+from assay.cli import describe, measure, train, use  # noqa: F401, each adds its commands
+from assay.cli.application import app
+from assay.errors import AssayError
+
+
+def main() -> None:
+    """Runs the command; a user's mistake is one sentence on standard error and status 2."""
+    debug = "--debug" in sys.argv
+    if debug:
+        sys.argv.remove("--debug")
+    try:
+        app()
+    except AssayError as error:
+        if debug:
+            raise
+        print(f"assay: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("assay: interrupted.", file=sys.stderr)
+        sys.exit(130)

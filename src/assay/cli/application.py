@@ -1,0 +1,91 @@
+"""What every command shares: the application, common options, printing."""
+
+import json
+import math
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from assay.errors import AssayError
+
+app = typer.Typer(
+    name="assay",
+    help="Decide which transformer to train: describe, train, compare, plan.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+)
+
+# ---------------------------------------------------------------------------- options
+
+Json = Annotated[bool, typer.Option("--json", help="One JSON object as the last line.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bar, no notes.")]
+Model = Annotated[str, typer.Argument(help="A preset, a run's folder, or a Hugging Face folder.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="PATH=VALUE", help="Any field, as model.decoder.num_layers=2."),
+]
+Dtype = Annotated[str, typer.Option(help="float32 or bfloat16.")]
+Seed = Annotated[int, typer.Option(help="Of everything drawn at random.", min=0)]
+
+
+# ---------------------------------------------------------------------------- printing
+
+
+def out() -> Console:
+    """Standard output, at the terminal's width; 80 columns where there is none."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=80)
+
+
+def emit(data: dict[str, Any], as_json: bool) -> None:
+    """The JSON object, where it was asked for. JSON has no infinity: such a number is null."""
+    if as_json:
+        print(json.dumps(_finite(data), allow_nan=False, default=str), flush=True)
+
+
+def _finite(data: Any) -> Any:
+    if isinstance(data, dict):
+        return {name: _finite(value) for name, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [_finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
+
+
+def figure(number: float | None, unit: str, form: str = ".4f") -> str:
+    return "-" if number is None else f"{number:{form}} {unit}"
+
+
+def short(number: int) -> str:
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.4g}{unit}"
+    return str(number)
+
+
+# ---------------------------------------------------------------------------- reading options
+
+
+def changes_of(settings: list[str] | None) -> dict[str, Any]:
+    """PATH=VALUE pairs; a value is JSON where it reads as such, else text."""
+    changes = {}
+    for setting in settings or []:
+        path, equals, value = setting.partition("=")
+        if not equals:
+            raise AssayError(f"--set {setting}: expected PATH=VALUE.")
+        try:
+            changes[path] = json.loads(value)
+        except json.JSONDecodeError:
+            changes[path] = value
+    return changes
+
+
+def next_folder(name: str) -> Path:
+    """runs/NAME-1, or the next number that is free."""
+    number = 1
+    while (folder := Path("runs") / f"{name}-{number}").exists():
+        number += 1
+    return folder

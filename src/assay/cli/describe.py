@@ -1,0 +1,141 @@
+"""Commands that look: presets, corpora, show."""
+
+from pathlib import Path
+
+from rich.markup import escape
+from rich.table import Table
+
+from assay.cli.application import (
+    Json,
+    Model,
+    Settings,
+    app,
+    changes_of,
+    emit,
+    out,
+    short,
+)
+
+
+@app.command()
+def presets(as_json: Json = False) -> None:
+    """The named architectures.
+
+    Example: assay presets
+    """
+    from assay.spec.accounting import parameters
+    from assay.spec.presets import PRESETS
+
+    rows = []
+    for preset in PRESETS.values():
+        count = parameters(preset.model)
+        rows.append(
+            {
+                "name": preset.name,
+                "family": preset.family,
+                "source": preset.source,
+                "total_params": count.total,
+                "active_params": count.active,
+                "context": preset.model.context,
+                "vocabulary": preset.model.vocab_size,
+            }
+        )
+    if not as_json:
+        table = Table("name", "params", "active", "context", "vocab", "source", box=None)
+        for row in rows:
+            table.add_row(
+                f"[bold]{row['name']}[/]",
+                short(row["total_params"]),
+                short(row["active_params"]),
+                f"{row['context']:,}",
+                f"{row['vocabulary']:,}",
+                escape(row["source"]),
+            )
+        out().print(table)
+    emit({"presets": rows}, as_json)
+
+
+@app.command()
+def corpora(as_json: Json = False) -> None:
+    """The named corpora; any path of text or tokens is one too.
+
+    Example: assay corpora
+    """
+    from assay.data.corpora import corpora as named
+
+    rows = [
+        {
+            "name": corpus.name,
+            "size": corpus.size,
+            "needs_network": corpus.needs_network,
+            "description": corpus.description,
+        }
+        for corpus in named()
+    ]
+    if not as_json:
+        table = Table("name", "size", "network", "what it is", box=None)
+        for row in rows:
+            network = "needed" if row["needs_network"] else ""
+            size = f"{row['size'] / 1e6:.1f} MB" if row["size"] else "-"
+            table.add_row(
+                f"[bold]{escape(row['name'])}[/]", size, network, escape(row["description"])
+            )
+        out().print(table)
+    emit({"corpora": rows}, as_json)
+
+
+@app.command()
+def show(model: Model, as_json: Json = False, settings: Settings = None) -> None:
+    """One architecture: its spec, its parameters by part, its cost a token.
+
+    Example: assay show llama-3-8b
+    """
+    from assay.spec.accounting import flops_per_token, kv_bytes_per_token, parameters
+
+    spec = _spec_of(model, settings)
+    count, flops = parameters(spec), flops_per_token(spec)
+    data = {
+        "spec": spec.model_dump(mode="json"),
+        "parameters": {name: part.total for name, part in count.parts.items()},
+        "total_params": count.total,
+        "active_params": count.active,
+        "flops_per_token_forward": flops.forward,
+        "flops_per_token_train": flops.train,
+        "kv_bytes_per_token": kv_bytes_per_token(spec),
+    }
+    if not as_json:
+        console = out()
+        console.print_json(spec.to_json())
+        table = Table("part", box=None, title=f"\n{model}", title_justify="left")
+        table.add_column("parameters", justify="right")
+        table.add_column("forward FLOPs a token", justify="right")
+        for name in {**count.parts, **flops.parts}:
+            part = count.parts[name].total if name in count.parts else 0
+            table.add_row(name, f"{part:,}", f"{flops.parts.get(name, 0):,}")
+        table.add_row("[bold]all", f"[bold]{count.total:,}", f"[bold]{flops.forward:,}")
+        console.print(table)
+        if count.active != count.total:
+            console.print(f"active parameters      {count.active:,}")
+        console.print(f"training FLOPs a token {flops.train:,} at {spec.context:,} tokens")
+        console.print(f"KV cache a token       {data['kv_bytes_per_token']:,} bytes in float32")
+    emit(data, as_json)
+
+
+def _spec_of(model: str, settings: list[str] | None):
+    """The architecture alone: no weights are read."""
+    from assay.loading import kind_of
+    from assay.spec.presets import PRESETS
+
+    match kind_of(model):
+        case "preset":
+            run = PRESETS[model].run
+        case "run":
+            from assay.train.loop import read_run
+
+            run = read_run(model)
+        case "huggingface":
+            from assay.interop.huggingface import read_config
+            from assay.spec.run import RunSpec
+
+            run = RunSpec(model=read_config(Path(model)))
+    return run.changed(changes_of(settings)).model

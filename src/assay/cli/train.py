@@ -1,0 +1,191 @@
+"""Training a model."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from assay.cli.application import (
+    Json,
+    Quiet,
+    Settings,
+    app,
+    changes_of,
+    emit,
+    figure,
+    next_folder,
+    out,
+)
+from assay.errors import AssayError
+
+
+@app.command()
+def train(
+    preset: Annotated[str | None, typer.Argument(help="A preset's name.")] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(help="A corpus or path; again, with @WEIGHT, to blend several."),
+    ] = None,
+    out_folder: Annotated[Path | None, typer.Option("--out", help="The run's folder.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    stop_at: Annotated[
+        int | None, typer.Option(help="Stop after this step, the schedule unchanged.", min=0)
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Budget in updates.", min=1)] = None,
+    seconds: Annotated[float | None, typer.Option(help="Budget in seconds of training.")] = None,
+    tokens: Annotated[float | None, typer.Option(help="Budget in tokens.")] = None,
+    flops: Annotated[float | None, typer.Option(help="Budget in training FLOPs.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Sequences an update.")] = None,
+    seq_len: Annotated[int | None, typer.Option(help="Tokens a sequence.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    optimizer: Annotated[str | None, typer.Option(help="adamw, muon or sgd.")] = None,
+    schedule: Annotated[
+        str | None, typer.Option(help="constant, cosine, linear, wsd or inverse_sqrt.")
+    ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="byte, char, bpe, bpe:N, or a tokenizer.json.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of everything drawn at random.", min=0)] = None,
+    mesh: Annotated[str | None, typer.Option(help="Devices by axis: data=2,tensor=4.")] = None,
+    checkpoint_every: Annotated[int | None, typer.Option(help="Steps between saves.")] = None,
+    eval_every: Annotated[int | None, typer.Option(help="Steps between evaluations.")] = None,
+    target_loss: Annotated[
+        float | None, typer.Option(help="Stop when the held-out loss (nats a token) is reached.")
+    ] = None,
+    settings: Settings = None,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write its files.")] = False,
+    wandb: Annotated[bool, typer.Option("--wandb", help="Log to Weights & Biases.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Trains a preset on a corpus, with every flag a difference from the preset's own run.
+
+    Example: assay train nano --data python-docs --seconds 60 --out runs/first
+    """
+    flags = {
+        "train.budget": _budget(steps=steps, seconds=seconds, tokens=tokens, flops=flops),
+        "data.sources": _sources(data),
+        "data.batch_size": batch_size,
+        "data.seq_len": seq_len,
+        "data.tokenizer": _tokenizer(tokenizer),
+        "optimizer": optimizer,
+        "optimizer.lr": lr,
+        "schedule": schedule,
+        "compute.dtype": dtype,
+        "mesh": _mesh(mesh),
+        "seed": seed,
+        "train.checkpoint_every": checkpoint_every,
+        "train.eval_every": eval_every,
+        "train.target_loss": target_loss,
+    }
+    changes = {path: value for path, value in flags.items() if value is not None}
+    changes |= changes_of(settings)
+    folder = out_folder or next_folder(preset or "run")
+    run = _configure(preset, changes, folder if resume else None)
+
+    from assay.api import train as run_training
+    from assay.train.progress import default_reporter
+
+    trackers = tuple(name for name, on in (("tensorboard", tensorboard), ("wandb", wandb)) if on)
+    result = run_training(
+        run,
+        folder,
+        resume=resume,
+        stop_at=stop_at,
+        reporter=default_reporter(quiet),
+        trackers=trackers,
+    )
+    if not as_json:
+        _print_result(result)
+    emit(asdict(result), as_json)
+
+
+RESUMABLE = ("compute", "mesh", "train.checkpoint_every", "train.eval_every", "train.log_every")
+"""What may differ when a run goes on: none of it changes what is computed, but for rounding."""
+
+
+def _configure(preset: str | None, changes: dict[str, Any], resumed: Path | None):
+    """The run that the flags describe, or that the folder holds, held to the flags."""
+    from assay.spec import presets
+
+    if resumed is None:
+        if preset is None:
+            raise AssayError("PRESET: name one ('assay presets' lists them), or give --resume.")
+        return presets.get(preset).run.changed(changes)
+
+    from assay.train.loop import read_run
+
+    held = read_run(resumed)
+    if preset is not None and presets.get(preset).name != held.preset:
+        raise AssayError(
+            f"{resumed}: it holds a run of '{held.preset}', not of '{preset}'; "
+            f"--resume goes on with what is there."
+        )
+    for path, value in changes.items():
+        if not path.startswith(RESUMABLE) and held.at(path, value) != held:
+            raise AssayError(
+                f"{path}: {value!r} is not what the run in {resumed} was begun with; "
+                f"--resume goes on with the same settings."
+            )
+    return held.changed(changes)
+
+
+def _budget(**amounts: float | None) -> dict[str, Any] | None:
+    given = {unit: amount for unit, amount in amounts.items() if amount is not None}
+    if len(given) > 1:
+        raise AssayError(f"--{' and --'.join(given)}: give one budget, not several.")
+    return next(({"unit": unit, "amount": amount} for unit, amount in given.items()), None)
+
+
+def _sources(data: list[str] | None) -> list[dict[str, Any]] | None:
+    """CORPUS or CORPUS@WEIGHT, each."""
+    sources = []
+    for entry in data or []:
+        corpus, at, weight = entry.rpartition("@")
+        try:
+            sources.append({"corpus": corpus, "weight": float(weight)} if at else {"corpus": entry})
+        except ValueError:
+            sources.append({"corpus": entry})
+    return sources or None
+
+
+def _tokenizer(text: str | None) -> dict[str, Any] | None:
+    if text is None:
+        return None
+    from assay.data.tokenizers import parse
+
+    return parse(text).model_dump(mode="json")
+
+
+def _mesh(text: str | None) -> dict[str, Any] | None:
+    if text is None:
+        return None
+    axes = {}
+    for part in text.split(","):
+        name, equals, size = part.partition("=")
+        if not equals or not size.isdigit():
+            raise AssayError(f"--mesh {text}: expected AXIS=DEVICES, as in data=2,tensor=4.")
+        axes[name.strip()] = int(size)
+    return axes
+
+
+def _print_result(result) -> None:
+    table = Table(box=None, show_header=False)
+    table.add_column(style="bold")
+    rows = {
+        "run": result.out,
+        "steps": f"{result.steps:,}" + ("" if result.finished else f"  ({result.stopped_by})"),
+        "tokens": f"{result.tokens:,}",
+        "training loss": figure(result.train_loss, "nats/token"),
+        "held-out loss": figure(result.val_loss, "nats/token"),
+        "held-out": figure(result.val_bpb, "bits/byte"),
+        "time": f"{result.seconds:.1f} s, and {result.compile_seconds:.1f} s to compile",
+        "speed": figure(result.tokens_per_second, "tokens/s", ",.0f"),
+        "loss plot": str(Path(result.out) / "loss.png"),
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    out().print(table)

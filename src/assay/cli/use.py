@@ -1,0 +1,180 @@
+"""Using a model: generate, eval, check."""
+
+import sys
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from assay.cli.application import (
+    Dtype,
+    Json,
+    Model,
+    Quiet,
+    Seed,
+    Settings,
+    app,
+    changes_of,
+    emit,
+    out,
+)
+from assay.errors import AssayError
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Option(help="Goes in as it is.")] = "",
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 200,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0)] = 1.0,
+    top_k: Annotated[int | None, typer.Option(min=1)] = None,
+    top_p: Annotated[float | None, typer.Option(min=0, max=1)] = None,
+    min_p: Annotated[float | None, typer.Option(min=0, max=1)] = None,
+    repetition_penalty: Annotated[float, typer.Option(min=0)] = 1.0,
+    stop: Annotated[list[str] | None, typer.Option(help="Ends the text; may be repeated.")] = None,
+    seed: Seed = 0,
+    dtype: Dtype = "float32",
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Text from a model, streamed as it comes.
+
+    Example: assay generate runs/first --prompt "The for statement" --temperature 0.7
+    """
+    from assay.generate.text import stream_text
+    from assay.loading import load
+
+    loaded = load(model, dtype)
+    if loaded.tokenizer is None:
+        raise AssayError(f"{model}: it has no tokenizer, so there is no text to make; train it.")
+    if loaded.step is None and loaded.run is not None and not quiet:
+        print("note: a preset has random weights; this is noise.", file=sys.stderr)
+    stream = stream_text(
+        loaded.model,
+        loaded.tokenizer,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        stop=tuple(stop or ()),
+        seed=seed,
+    )
+    show_text = not as_json
+    if show_text:
+        print(prompt, end="", flush=True)
+    for piece in stream:
+        if show_text:
+            print(piece, end="", flush=True)
+    if show_text:
+        print()
+    result = stream.completion()
+    for note in result.notes if not quiet else ():
+        print(f"note: {note}", file=sys.stderr)
+    emit(
+        {
+            "text": result.text,
+            "tokens": result.ids,
+            "prompt_tokens": result.prompt_tokens,
+            "finish_reason": result.finish_reason,
+            "tokens_per_second": result.timing.tokens_per_second,
+            "time_to_first_token": result.timing.time_to_first_token,
+        },
+        as_json,
+    )
+
+
+@app.command("eval")
+def evaluate(
+    model: Model,
+    data: Annotated[
+        list[str] | None, typer.Option(help="A corpus; a run's own if left out.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="held-out, train or all.")] = "held-out",
+    batch_size: Annotated[int, typer.Option(min=1)] = 8,
+    seq_len: Annotated[int | None, typer.Option(help="Tokens a window.", min=1)] = None,
+    stride: Annotated[
+        int | None, typer.Option(help="Less than a window: each token sees more before it.")
+    ] = None,
+    dtype: Dtype = "float32",
+    as_json: Json = False,
+) -> None:
+    """Loss, perplexity and bits per byte over the whole held-out part of a corpus.
+
+    Example: assay eval runs/first --data python-docs
+    """
+    from assay.data import corpora as files
+    from assay.data import loader
+    from assay.evaluate.perplexity import evaluate as score
+    from assay.loading import load
+
+    loaded = load(model, dtype)
+    if loaded.tokenizer is None:
+        raise AssayError(f"{model}: it has no tokenizer, so no text can be scored by it.")
+    if data is None and loaded.step is None:
+        raise AssayError("--data: name a corpus; only a run has one of its own.")
+    run = loaded.run
+    sources = data or [source.corpus for source in run.data.sources]
+    held_out = run.data.held_out if run is not None else 0.1
+    window = seq_len or (run.data.seq_len if run is not None else loaded.model.spec.context)
+    parts = []
+    for source in sources:
+        corpus = files.open_corpus(source)
+        first, last = files.split(corpus, held_out)
+        if split == "all":
+            parts.append(loader.tokenize(corpus, loaded.tokenizer))
+            continue
+        before = loader.tokenize(first, loaded.tokenizer)
+        if split == "train":
+            parts.append(before)
+        elif split == "held-out":
+            parts.append(loader.tokenize(last, loaded.tokenizer, int(before.ids[-1:][0])))
+        else:
+            raise AssayError(f"--split: found '{split}'; legal are held-out, train, all.")
+    packing = run.data.packing if run is not None else "stream"
+    batches = loader.evaluation_batches(parts, batch_size, window, stride, packing)
+    result = score(loaded.model, batches)
+    if not as_json:
+        table = Table(box=None, show_header=False)
+        table.add_column(style="bold")
+        for name, value in asdict(result).items():
+            table.add_row(name, f"{value:.5g}" if isinstance(value, float) else str(value))
+        out().print(table)
+    emit({"model": model, "data": sources, "split": split, **asdict(result)}, as_json)
+
+
+@app.command()
+def check(
+    model: Model,
+    full: Annotated[bool, typer.Option("--full", help="A preset at its own size.")] = False,
+    seed: Seed = 0,
+    settings: Settings = None,
+    as_json: Json = False,
+) -> None:
+    """Proves what can be proved: no sight of the future, cache, gradients, bfloat16.
+
+    Example: assay check gpt2
+    """
+    from assay.evaluate.checks import check as run_checks
+    from assay.loading import kind_of, load
+    from assay.spec.presets import PRESETS, shrink
+
+    if kind_of(model) == "preset":
+        run = PRESETS[model].run.changed(changes_of(settings))
+        subject = run.model if full else shrink(run.model)
+    else:
+        subject = load(model).model
+    report = run_checks(subject, seed=seed)
+    if not as_json:
+        table = Table("", "check", "worst", "where", box=None)
+        for row in report.checks:
+            mark = "[green]✓[/]" if row.passed else "[red]✗[/]"
+            table.add_row(mark, row.name, f"{row.worst:.3g}", escape(row.where or row.note or ""))
+        out().print(table)
+    emit({"model": model, **asdict(report)}, as_json)
+    if not report.passed:
+        raise typer.Exit(1)
