@@ -5,7 +5,7 @@ The data flows one way. The runner fills `runs` (and what is known before them: 
 `pairs` and `sentence` are those numbers in the words of the interface; `report.py` draws from this
 alone, and never needs a model.
 
-What is asked of `statistics.py`, on plain float arrays (S seeds, one value a seed, paired by place):
+What is asked of `statistics.py`, on plain float arrays (S seeds, paired by place):
 
     mean_interval(values[S], level) -> (low, high)             planned-n: Student's t
     anytime_interval(values[S], level) -> (low, high)          a confidence sequence
@@ -15,9 +15,9 @@ What is asked of `statistics.py`, on plain float arrays (S seeds, one value a se
     detectable(sd, seeds, level, power, pairs) -> float        the smallest difference that shows
     curve_features(tokens[P], loss[P]) -> slope, floor, smoothness
 
-and of `scaling.py`: fits of runs (params N, tokens D, FLOPs C, loss), and what they say at a budget.
-An interval's end that is infinite is None here, since JSON has no infinity; an interval that cannot
-be given at all (one seed) is (None, None).
+and of `scaling.py`: fits of runs (params N, tokens D, FLOPs C, loss), and what they say at a
+budget. An interval's end that is infinite is None here, since JSON has no infinity; an interval
+that cannot be given at all (one seed) is (None, None).
 
 Units: loss nats a token, bpb bits a UTF-8 byte, FLOPs of the matrix products of training as
 `spec/accounting.py` counts them, seconds of training alone.
@@ -25,6 +25,8 @@ Units: loss nats a token, bpb bits a UTF-8 byte, FLOPs of the matrix products of
 
 from pathlib import Path
 from typing import Any, Literal
+
+from pydantic import Field
 
 from assay.errors import AssayError
 from assay.spec.base import Spec
@@ -148,10 +150,10 @@ class Row(Spec):
     flops_per_token_train: int
     kv_bytes_per_token: int
     flags: tuple[str, ...] = ()
-    changes: dict[str, Any] = {}
+    changes: dict[str, Any] = Field(default_factory=dict)
     solved: tuple[Solution, ...] = ()
     checks: tuple[CheckRecord, ...] = ()
-    spec: dict[str, Any] = {}
+    spec: dict[str, Any] = Field(default_factory=dict)
     diagram: str = ""
 
 
@@ -205,9 +207,8 @@ class Prediction(Spec):
 class Decision(Spec):
     """Who wins at the budget that is meant to be spent, by the fits of a ladder.
 
-    `flip_probability`: that the first two at the target are ranked otherwise there than the fit
-    says, or `ranks_flip_probability` that any two change places between the largest budget that
-    was run and the target.
+    `flip_probability`: that the winner at the largest budget that was run is not the winner at
+    the target. `ranks_flip_probability`: that any two change places on the way.
     """
 
     target_flops: float
@@ -250,12 +251,12 @@ class Results(Spec):
     experiment: dict[str, Any]
     design: Design
     environment: Environment
-    data: dict[str, Any] = {}
+    data: dict[str, Any] = Field(default_factory=dict)
     rows: tuple[Row, ...]
     pairs: tuple[Pair, ...]
     runs: tuple[RunRecord, ...]
     tuning: tuple[RunRecord, ...] = ()
-    features: dict[str, Any] = {}
+    features: dict[str, Any] = Field(default_factory=dict)
     scaling: dict[str, Any] | None = None
     decision: Decision | None = None
     notes: tuple[str, ...] = ()
