@@ -5,17 +5,16 @@ The data flows one way. The runner fills `runs` (and what is known before them: 
 `pairs` and `sentence` are those numbers in the words of the interface; `report.py` draws from this
 alone, and never needs a model.
 
-What is asked of `statistics.py`, on plain float arrays (S seeds, paired by place):
+`statistics.py` takes plain float arrays (S seeds, paired by place, nan where a run is not there):
 
-    mean_interval(values[S], level) -> (low, high)             planned-n: Student's t
-    anytime_interval(values[S], level) -> (low, high)          a confidence sequence
-    compare_pairs(values {name: [S]}, pairs [(a, b)], planned, looks, margin, level)
-        -> one a pair: difference (mean of a - b), ci95, anytime95, p, p_adjusted (Holm over all
-           the pairs given), verdict, seeds_needed (in all, None where no number would do)
-    detectable(sd, seeds, level, power, pairs) -> float        the smallest difference that shows
-    curve_features(tokens[P], loss[P]) -> slope, floor, smoothness
+    mean_interval(values[S], level) -> low, high                    planned-n: Student's t
+    anytime_interval(values[S], level, planned=) -> low, high       a confidence sequence
+    compare_pairs(values {name: [S]}, pairs, planned=, looks=, margin=, level=) -> Pair each
+    smallest_difference(seeds, deviation, alpha=, chance=, comparisons=) -> float
+    deviation_interval(deviation, seeds) -> low, high               how rough a pilot's figure is
 
-and of `scaling.py`: fits of runs (params N, tokens D, FLOPs C, loss), and what they say at a
+`curves.py` has `curve_features(tokens[P], loss[P])`: slope, floor, smoothness;
+`scaling.py` fits of runs (params N, tokens D, FLOPs C, loss), and what they say at a
 budget. An interval's end that is infinite is None here, since JSON has no infinity; an interval
 that cannot be given at all (one seed) is (None, None).
 

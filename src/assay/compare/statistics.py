@@ -161,7 +161,7 @@ def anytime_interval(
 
 
 def anytime_p(x: ArrayLike, *, planned: int, level: float = 0.95) -> np.ndarray:
-    """An anytime-valid p-value: 1 / `anytime_e`, at most 1. Below a, ever, with chance a at most."""
+    """An anytime-valid p-value, 1 / `anytime_e`: ever at most a with a chance of at most a."""
     return np.exp(-np.maximum(_log_e(x, _mixture(planned, 1 - level)), 0))
 
 
@@ -401,7 +401,7 @@ def seeds_needed_for_equivalence(
 def seeds_needed_anytime(
     difference: float, deviation: float, *, planned: int, level: float = 0.95, most: int = 100_000
 ) -> int | None:
-    """How many seeds make the anytime-valid interval exclude 0, if both figures stay as they are."""
+    """How many seeds bring the anytime-valid interval off 0, if both figures stay as they are."""
     if difference == 0 or not math.isfinite(deviation):
         return None
 
