@@ -2,11 +2,12 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
+from assay.bench.timing import Spread
 from assay.cli.application import (
     Json,
     Quiet,
@@ -18,6 +19,9 @@ from assay.cli.application import (
     out,
 )
 from assay.errors import AssayError
+
+if TYPE_CHECKING:
+    from assay.spec.run import RunSpec
 
 
 @app.command()
@@ -56,8 +60,9 @@ def bench(
     from assay.errors import did_you_mean
     from assay.spec import presets
 
-    if what != "train":
-        raise AssayError(f"bench {what}: {did_you_mean(what, ['train'])}")
+    benches = {"train": _bench_train}
+    if what not in benches:
+        raise AssayError(f"bench {what}: {did_you_mean(what, benches)}")
     flags = {
         "compute.dtype": dtype,
         "data.batch_size": batch_size,
@@ -65,8 +70,13 @@ def bench(
     }
     changes = {path: value for path, value in flags.items() if value is not None}
     run = presets.get(model).run.changed(changes | changes_of(settings))
+    benches[what](model, run, against, rounds, as_json)
 
-    from assay.bench import bench_train
+
+def _bench_train(
+    model: str, run: "RunSpec", against: str | None, rounds: int, as_json: bool
+) -> None:
+    from assay.bench.train import bench_train
 
     result = bench_train(run, against=against, rounds=rounds)
     data = {
@@ -81,16 +91,21 @@ def bench(
         "versions": result.versions,
     }
     if not as_json:
-        title = f"{model}, {run.compute.dtype}, batch {run.data.batch_size} x {run.data.seq_len}"
-        table = Table("", "min", "median", "max", box=None, title=title, title_justify="left")
         rows = {"ours, tokens/s": (result.ours, ",.0f")}
         if result.theirs:
             rows["torch, tokens/s"] = (result.theirs, ",.0f")
             rows["ours / torch"] = (result.ratio, ".2f")
-        for name, (spread, form) in rows.items():
-            table.add_row(name, *(f"{x:{form}}" for x in (spread.min, spread.median, spread.max)))
-        out().print(table)
+        title = f"{model}, {run.compute.dtype}, batch {run.data.batch_size} x {run.data.seq_len}"
+        _print_spreads(title, rows)
         out().print(f"first step, compilation included: {result.first_step_seconds:.1f} s")
         versions = ", ".join(f"{k} {v}" for k, v in result.versions.items())
         out().print(f"{versions}, {result.threads} threads")
     emit(data, as_json)
+
+
+def _print_spreads(title: str, rows: dict[str, tuple[Spread, str]]) -> None:
+    """A table of figures of several turns, each with the form of its numbers."""
+    table = Table("", "min", "median", "max", box=None, title=title, title_justify="left")
+    for name, (spread, form) in rows.items():
+        table.add_row(name, *(f"{x:{form}}" for x in (spread.min, spread.median, spread.max)))
+    out().print(table)

@@ -6,30 +6,17 @@ Ratios of one run mean something; seconds on a shared machine do not.
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from statistics import median
 from typing import Any
 
 import jax
 import numpy as np
 
+from assay.bench.timing import Spread, seconds
 from assay.errors import AssayError, did_you_mean, need_extra
 from assay.model.transformer import abstract
 from assay.spec.model import BlockSpec, TransformerSpec
 from assay.spec.run import RunSpec
 from assay.train.step import initial_state, make_step
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Least, middle and greatest of several measurements."""
-
-    min: float
-    median: float
-    max: float
-
-    @classmethod
-    def of(cls, values: list[float]) -> "Spread":
-        return cls(min(values), median(values), max(values))
 
 
 @dataclass(frozen=True)
@@ -95,14 +82,6 @@ def bench_train(run: RunSpec, *, against: str | None = None, rounds: int = 5) ->
         threads,
         versions,
     )
-
-
-def seconds(step: Callable[[], float], steps: int) -> float:
-    """Wall time of so many steps, each waited for."""
-    began = time.perf_counter()
-    for _ in range(steps):
-        step()
-    return time.perf_counter() - began
 
 
 def jax_step(run: RunSpec, batch: dict[str, np.ndarray]) -> Callable[[], float]:

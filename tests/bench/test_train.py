@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from assay.bench import bench_train, torch_twin
+from assay.bench.train import bench_train, torch_twin
 from assay.errors import AssayError
 from assay.model.transformer import Transformer, named_parameters
 from assay.spec.presets import PRESETS, shrink
