@@ -91,6 +91,23 @@ def test_parts_are_the_text_and_nothing_else(tmp_path, data):
     assert prepared.train_tokens == train.targets == len(train.ids) - 1
 
 
+def test_a_validation_part_is_cut_between_the_two(tmp_path, data):
+    two, three = prepare(one(data())), prepare(one(data(validation=0.2)))
+    (train,), (middle,), (held,) = three.train, three.validation, three.held_out
+    assert (*two.validation,) == ()
+    text = ByteTokenizer().decode_bytes
+    before = text(two.train[0].ids[:])
+    assert text(train.ids[:]) + text(middle.ids[1:]) == before
+    assert held.ids[:].tolist() == two.held_out[0].ids[:].tolist()
+    assert middle.bytes == pytest.approx(len(before) / 5, abs=4)
+    assert middle.ids[0] == train.ids[-1]
+    assert held.ids[0] == middle.ids[-1]
+    assert three.fingerprint != two.fingerprint
+    scored = [*evaluation_batches(three, 4, part="validation")]
+    targets = np.concatenate([b["targets"][b["weights"] > 0] for b in scored])
+    assert targets.tolist() == middle.ids[1:].tolist()
+
+
 def test_learnt_tokenizers_see_the_training_part_only(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("ab " * 300 + "猫" * 33 + "!")  # 1000 bytes, the last tenth of them cats
@@ -100,6 +117,8 @@ def test_learnt_tokenizers_see_the_training_part_only(tmp_path):
     assert char.summary()["sources"][0]["held_out_unknown"] == 34
     bpe = prepare(spec.replace(tokenizer=BpeTokenizerSpec(vocab_size=300)))
     assert not any("猫".encode()[:2] in piece for piece in bpe.tokenizer.pieces)
+    cut = prepare(spec.replace(tokenizer=CharTokenizerSpec(), held_out=0.01, validation=0.1))
+    assert cut.tokenizer.alphabet == " ab"
     assert bpe.held_out_bytes == char.held_out_bytes == 100
 
 

@@ -70,6 +70,7 @@ COVERED_ELSEWHERE = {
     "TrainSpec.eval_every": "train/test_loop.py",
     "TrainSpec.checkpoint_every": "train/test_loop.py",
     "TrainSpec.target_loss": "train/test_loop.py",
+    "TrainSpec.score": "train/test_loop.py",
 }
 # Fields that are there to be read by people, and change no computation.
 LABELS = {"RunSpec.preset"}
@@ -316,6 +317,7 @@ def data_cases(folder: Path) -> dict[str, Case]:
         "DataSpec.batch_size": Case(of_data, base, "batch_size", 2),
         "DataSpec.packing": Case(of_data, base, "packing", "documents"),
         "DataSpec.held_out": Case(of_data, base, "held_out", 0.3),
+        "DataSpec.validation": Case(of_data, base, "validation", 0.2),
         **tokenizer(FileTokenizerSpec(path=small), "char", path=large),
     }
 

@@ -60,5 +60,5 @@ def run(model, corpus) -> RunSpec:
 def lines(out: Path) -> list[dict]:
     """The training lines of a run's metrics, without what depends on the clock."""
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    clocks = ("seconds", "tokens_per_second", "loss_window", "bpb")
+    clocks = ("seconds", "tokens_per_second")
     return [{k: v for k, v in r.items() if k not in clocks} for r in records if "loss" in r]

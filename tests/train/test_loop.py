@@ -89,6 +89,19 @@ def test_the_target_ends_the_run(run, tmp_path):
     assert result.steps % 5 == 0
 
 
+def test_a_run_may_be_scored_on_validation_text_alone(run, tmp_path):
+    with pytest.raises(AssayError, match=r"data\.validation is 0"):
+        run.at("train.score", "validation")
+    run = run.changed({"data.validation": 0.2, "train.budget.amount": 5})
+    held = train(run, tmp_path / "held")
+    chosen = train(run.at("train.score", "validation"), tmp_path / "chosen")
+    assert chosen.train_loss == held.train_loss
+    assert chosen.val_loss != held.val_loss
+    (source,) = json.loads((tmp_path / "chosen" / "run.json").read_text())["data"]["sources"]
+    expected = chosen.val_loss * source["validation_tokens"] / source["validation_bytes"]
+    assert chosen.val_bpb == pytest.approx(expected / math.log(2), rel=1e-6)
+
+
 def test_a_mesh_that_does_not_divide_is_named(run, tmp_path):
     with pytest.raises(AssayError, match=r"tensor=5 does not divide the \d+ of axis"):
         train(run.changed({"mesh.tensor": 5}), tmp_path / "out")

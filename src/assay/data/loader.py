@@ -68,13 +68,14 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A DataSpec's corpora as ids: one training part and one held-out part a source."""
+    """A DataSpec's corpora as ids: of each a training, a held-out and perhaps a validation part."""
 
     spec: DataSpec
     tokenizer: Tokenizer
     train: tuple[Tokens, ...]
     held_out: tuple[Tokens, ...]
     fingerprints: tuple[str, ...]
+    validation: tuple[Tokens, ...] = ()
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -85,6 +86,7 @@ class Prepared:
             self.spec.held_out,
             self.spec.packing,
             self.tokenizer.fingerprint,
+            *([self.spec.validation] if self.spec.validation else []),
         ]
         return hashlib.sha256(json.dumps(decides).encode()).hexdigest()
 
@@ -108,24 +110,27 @@ class Prepared:
 
     def summary(self) -> dict[str, Any]:
         """What `run.json` keeps of the data."""
+        sources = [
+            {
+                "corpus": source.corpus,
+                "fingerprint": fingerprint,
+                "train_bytes": train.bytes,
+                "train_tokens": train.targets,
+                "held_out_bytes": held.bytes,
+                "held_out_tokens": held.targets,
+                "held_out_unknown": held.unknown,
+            }
+            for source, fingerprint, train, held in zip(
+                self.spec.sources, self.fingerprints, self.train, self.held_out, strict=True
+            )
+        ]
+        for about, part in zip(sources, self.validation, strict=False):  # perhaps there is none
+            about |= {"validation_bytes": part.bytes, "validation_tokens": part.targets}
         return {
             "fingerprint": self.fingerprint,
             "tokenizer": self.tokenizer.fingerprint,
             "vocab_size": self.tokenizer.vocab_size,
-            "sources": [
-                {
-                    "corpus": source.corpus,
-                    "fingerprint": fingerprint,
-                    "train_bytes": train.bytes,
-                    "train_tokens": train.targets,
-                    "held_out_bytes": held.bytes,
-                    "held_out_tokens": held.targets,
-                    "held_out_unknown": held.unknown,
-                }
-                for source, fingerprint, train, held in zip(
-                    self.spec.sources, self.fingerprints, self.train, self.held_out, strict=True
-                )
-            ],
+            "sources": sources,
         }
 
 
@@ -140,6 +145,8 @@ def _sum(counts: Iterable[int | None]) -> int | None:
 def prepare(spec: DataSpec, tokenizer: Tokenizer | None = None) -> Prepared:
     """Cuts the held-out parts off, learns the tokenizer from the rest, and makes ids of both.
 
+    A validation part is cut off what the held-out one left, before anything is learnt from it.
+
     The ids are kept in the cache folder, by the contents of corpus and tokenizer, and mapped
     from there. `tokenizer` replaces the spec's.
 
@@ -148,12 +155,12 @@ def prepare(spec: DataSpec, tokenizer: Tokenizer | None = None) -> Prepared:
             window; if shards hold ids that the vocabulary does not.
     """
     sources = [corpora.open_corpus(source.corpus) for source in spec.sources]
-    parts = [corpora.split(corpus, spec.held_out) for corpus in sources]
+    parts = [_parts(corpus, spec) for corpus in sources]
     if tokenizer is None:
-        tokenizer = _tokenizer(spec, sources, [train for train, _ in parts])
-    train, held_out = [], []
-    for corpus, (first, last) in zip(sources, parts, strict=True):
-        key = f"{corpus.fingerprint} {spec.held_out!r}"
+        tokenizer = _tokenizer(spec, sources, [train for train, *_ in parts])
+    train, held_out, validation = [], [], []
+    for corpus, (first, *middle, last) in zip(sources, parts, strict=True):
+        key = _cut_key(corpus, spec)
         train.append(tokenize(first, tokenizer, key=f"{key} train"))
         found = len(train[-1])
         if found < spec.seq_len + 1:
@@ -162,9 +169,26 @@ def prepare(spec: DataSpec, tokenizer: Tokenizer | None = None) -> Prepared:
                 f"seq_len + 1 = {spec.seq_len + 1}; shorten data.seq_len or name a longer corpus."
             )
         context = int(train[-1].ids[found - 1 : found][0])
+        for part in middle:
+            validation.append(tokenize(part, tokenizer, context, key=f"{key} validation"))
+            context = int(validation[-1].ids[len(validation[-1]) - 1 :][0])
         held_out.append(tokenize(last, tokenizer, context, key=f"{key} held-out"))
     fingerprints = tuple(corpus.fingerprint for corpus in sources)
-    return Prepared(spec, tokenizer, tuple(train), tuple(held_out), fingerprints)
+    return Prepared(spec, tokenizer, tuple(train), tuple(held_out), fingerprints, tuple(validation))
+
+
+def _parts(corpus: Corpus, spec: DataSpec) -> tuple[Corpus, ...]:
+    """The training part, perhaps the validation part, and the held-out part, in this order."""
+    first, last = corpora.split(corpus, spec.held_out)
+    if not spec.validation:
+        return first, last
+    return *corpora.split(first, spec.validation), last
+
+
+def _cut_key(corpus: Corpus, spec: DataSpec) -> str:
+    """What names the parts of a corpus in the cache."""
+    cuts = [spec.held_out, *([spec.validation] if spec.validation else [])]
+    return " ".join([corpus.fingerprint, *map(repr, cuts)])
 
 
 def _tokenizer(spec: DataSpec, sources: list[Corpus], train: list[Corpus]) -> Tokenizer:
@@ -178,7 +202,7 @@ def _tokenizer(spec: DataSpec, sources: list[Corpus], train: list[Corpus]) -> To
                 f"{corpus.name}: holds ids, of which a '{spec.tokenizer.kind}' tokenizer learns "
                 f"nothing; name the tokenizer that made them, or ids:VOCABULARY."
             )
-    key = [*(c.fingerprint for c in sources), repr(spec.held_out), spec.tokenizer.to_json()]
+    key = [*(_cut_key(c, spec) for c in sources), spec.tokenizer.to_json()]
     folder = cache.folder() / "tokenizers" / _hash("tokenizer-1", *key)
     if (folder / tokenizers.FILE).is_file():
         return tokenizers.load(folder)
@@ -642,8 +666,11 @@ def evaluation_batches(
     seq_len: int | None = None,
     stride: int | None = None,
     packing: str | None = None,
+    part: str = "held_out",
 ) -> Evaluation:
     """The held-out parts (or any), every token predicted exactly once, in order.
+
+    `part` names those of prepared data: held_out or validation.
 
     Stream packing: windows of `seq_len` that start every `stride` (by default they do not
     overlap); of a window that overlaps the one before only the new targets have weight. Documents
@@ -654,7 +681,7 @@ def evaluation_batches(
     """
     if isinstance(data, Prepared):
         seq_len, packing = seq_len or data.spec.seq_len, packing or data.spec.packing
-        data = data.held_out
+        data = data.validation if part == "validation" else data.held_out
     if seq_len is None:
         raise AssayError("evaluation: seq_len is required where only tokens are given.")
     packed = packing == "documents"

@@ -16,6 +16,7 @@ Both are checked: the parameters against the real arrays, the FLOPs against XLA'
 Axes: D model, H heads, K kv heads, C head width, F hidden, V vocabulary (padded), T tokens.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -30,6 +31,7 @@ from assay.spec.model import (
     StackSpec,
     TransformerSpec,
 )
+from assay.spec.run import RunSpec
 
 PARTS = ("embedding", "positions", "attention", "feed_forward", "norms", "head")
 """The rows of the tables, in the order of the forward pass."""
@@ -103,6 +105,19 @@ def flops_per_token(
 def training_flops(spec: TransformerSpec, tokens: int, seq_len: int | None = None) -> int:
     """FLOPs of training on `tokens` tokens in sequences of `seq_len`, as the program computes."""
     return tokens * flops_per_token(spec, seq_len).train
+
+
+def planned_steps(run: RunSpec) -> int | None:
+    """How many updates a run's budget buys; None where it is one of seconds."""
+    budget, tokens = run.train.budget, run.data.batch_size * run.data.seq_len
+    match budget.unit:
+        case "steps":
+            return math.ceil(budget.amount)
+        case "tokens":
+            return math.ceil(budget.amount / tokens)
+        case "flops":
+            return math.ceil(budget.amount / training_flops(run.model, tokens, run.data.seq_len))
+    return None
 
 
 def kv_bytes_per_token(spec: TransformerSpec, dtype: str = "float32") -> int:

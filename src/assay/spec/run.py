@@ -71,6 +71,8 @@ class DataSpec(Spec):
     `packing`: stream cuts windows of `seq_len` from the documents laid end to end; documents
     packs whole documents into rows and lets none see another. `batch_size` is the global number
     of sequences an update. `held_out` is the last part of each corpus, cut before any shuffling.
+    `validation` is the last share of what is left, cut likewise: text to choose settings by, so
+    that the held-out text is not chosen by.
     """
 
     sources: tuple[SourceSpec, ...] = (SourceSpec(corpus="python-docs"),)
@@ -79,6 +81,7 @@ class DataSpec(Spec):
     batch_size: PositiveInt = 16
     packing: Literal["stream", "documents"] = "stream"
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    validation: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
     @model_validator(mode="after")
     def _some(self):
@@ -200,7 +203,11 @@ class BudgetSpec(Spec):
 
 
 class TrainSpec(Spec):
-    """The loop. `accumulate` splits a batch into so many parts, one gradient step in all."""
+    """The loop. `accumulate` splits a batch into so many parts, one gradient step in all.
+
+    `score` is the text that a run is scored on, along the way and at its end; validation leaves
+    the held-out text unseen.
+    """
 
     budget: BudgetSpec = BudgetSpec()
     accumulate: PositiveInt = 1
@@ -210,6 +217,7 @@ class TrainSpec(Spec):
     eval_every: PositiveInt | None = None
     checkpoint_every: PositiveInt | None = None
     target_loss: PositiveFloat | None = None
+    score: Literal["held_out", "validation"] = "held_out"
 
 
 class ComputeSpec(Spec):
@@ -266,6 +274,10 @@ class RunSpec(Spec):
             raise ValueError(
                 f"mesh: data x fsdp is {shards}, which must divide the "
                 f"{batch // parts} sequences of one pass (data.batch_size / train.accumulate)."
+            )
+        if self.train.score == "validation" and not self.data.validation:
+            raise ValueError(
+                "train.score: found 'validation', but data.validation is 0: there is no such text."
             )
         if self.model.embedding.positions.kind == "learned" and (
             self.data.seq_len > self.model.context

@@ -22,7 +22,7 @@ from assay.errors import AssayError
 from assay.evaluate.perplexity import Evaluation, evaluate
 from assay.model.sharding import make_mesh, parameter_shardings, partition, use_mesh
 from assay.model.transformer import Layout, abstract, layout, name_leaves
-from assay.spec.accounting import flops_per_token
+from assay.spec.accounting import flops_per_token, planned_steps
 from assay.spec.run import RunSpec
 from assay.startup import keep_compiled_programs
 from assay.train.checkpoint import Checkpoints, write_json
@@ -100,7 +100,7 @@ def _train(
     prepared = loader.prepare(run.data, tokenizer)
     run = run.replace(model=run.model.with_vocab(prepared.tokenizer.vocab_size))
     _open_folder(out, run, prepared, resume)
-    held_out = loader.evaluation_batches(prepared, run.data.batch_size)
+    held_out = loader.evaluation_batches(prepared, run.data.batch_size, part=run.train.score)
 
     # ---- model and state, made in their places
     model = abstract(run.model, run.compute)
@@ -131,13 +131,13 @@ def _train(
     # ---- where it was
     checkpoints = Checkpoints(out / "checkpoints")
     batches = loader.batches(prepared, run.seed)
-    spent = {"seconds": 0.0, "tokens": 0.0}
+    spent = {"seconds": 0.0, "tokens": 0.0, "window": []}
     if resume and checkpoints.latest() is None:
         reporter.note("There is no checkpoint yet: starting from step 0.")
     elif resume:
         state, saved = checkpoints.restore(checkpoints.latest(), state, form)
         batches.restore(saved["position"])
-        spent = saved["spent"]
+        spent = spent | saved["spent"]
     step = int(state.step)
 
     # ---- compile, for the shapes of the next batch, which is then put back
@@ -149,7 +149,7 @@ def _train(
 
     # ---- train
     clock = _Clock(run, spent["seconds"])
-    log = _Log(out, run, prepared, step, spent["tokens"], clock, reporter, trackers)
+    log = _Log(out, run, prepared, step, spent, clock, reporter, trackers)
     val, val_step, why = None, None, "budget"
     eval_every = run.train.eval_every or (50 if run.train.target_loss else None)
     saving = _SavePlan(run.train.checkpoint_every, clock)
@@ -239,17 +239,9 @@ class _Clock:
     """How much of the budget is spent. Seconds count training, not evaluation or compilation."""
 
     def __init__(self, run: RunSpec, seconds_before: float):
-        budget, data = run.train.budget, run.data
-        tokens_a_step = data.batch_size * data.seq_len
+        budget = run.train.budget
         self.seconds = budget.amount if budget.unit == "seconds" else None
-        match budget.unit:
-            case "steps":
-                self.steps = math.ceil(budget.amount)
-            case "tokens":
-                self.steps = math.ceil(budget.amount / tokens_a_step)
-            case "flops":
-                a_token = flops_per_token(run.model, data.seq_len).train
-                self.steps = math.ceil(budget.amount / (a_token * tokens_a_step))
+        self.steps = planned_steps(run)
         self.before = seconds_before
         self.began = time.monotonic()
 
@@ -327,7 +319,7 @@ def _save(checkpoints: Checkpoints, state: TrainState, position, form: Layout, l
             f"{bad[0]} and {len(bad) - 1} other parameters; the learning rate may be too high. "
             f"{log.last_good()}"
         )
-    spent = {"seconds": log.clock.elapsed(), "tokens": log.tokens}
+    spent = {"seconds": log.clock.elapsed(), "tokens": log.tokens, "window": log.window}
     checkpoints.save(state, position, form, {"spent": spent})
     log.saved = int(state.step)
 
@@ -353,7 +345,7 @@ class _Log:
         run: RunSpec,
         prepared: loader.Prepared,
         step: int,
-        tokens: float,
+        spent: dict,
         clock: _Clock,
         reporter: Reporter,
         trackers: tuple[str, ...],
@@ -361,8 +353,8 @@ class _Log:
         self.run, self.clock, self.reporter = run, clock, reporter
         self.pending: list[tuple[int, dict]] = []
         self.loss, self.previous, self.saved = None, None, step or None
-        self.tokens, self.tokens_here, self.seconds_here = tokens, 0.0, 0.0
-        self.since, self.window = clock.elapsed(), []
+        self.tokens, self.tokens_here, self.seconds_here = spent["tokens"], 0.0, 0.0
+        self.since, self.window = clock.elapsed(), spent["window"]
         self.bits = None
         if prepared.train_bytes:
             self.bits = prepared.train_tokens / prepared.train_bytes / math.log(2)
@@ -408,7 +400,8 @@ class _Log:
             "loss_window": sum(self.window) / len(self.window),
             "tokens_per_second": speed,
         }
-        self.window = []
+        if step % self.run.train.log_every == 0:  # a run that stops between lines goes on with it
+            self.window = []
         if self.bits is not None:
             record["bpb"] = record["loss_window"] * self.bits
         self._write(record)
