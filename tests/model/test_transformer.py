@@ -345,6 +345,6 @@ def test_parameters_are_really_split():
 def test_a_mesh_that_does_not_fit_is_told():
     with pytest.raises(AssayError, match="needs 16 devices; found 8"):
         make_mesh(MeshSpec(data=16))
-    spec = spec_of(vocab_size=29, vocab_multiple=1)
-    with pytest.raises(AssayError, match=r"does not divide the 29 of axis 'vocab' of embedding"):
-        parameter_shardings(abstract(spec), make_mesh(MeshSpec(tensor=2)))
+    mesh = make_mesh(MeshSpec(fsdp=3))
+    with pytest.raises(AssayError, match=r"does not divide the 16 of axis 'embed' of embedding"):
+        parameter_shardings(abstract(spec_of()), mesh)

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Float32, Int32, Key
 from assay.model.cache import LayerCache
 from assay.model.layers import Linear, Norm, dropout, use_cpu_kernels
 from assay.model.positions import rope_tables, rotate
+from assay.model.sharding import constrain
 from assay.spec.model import AttentionSpec, Rope, WeightInit
 from assay.spec.run import ComputeSpec
 
@@ -181,6 +182,9 @@ class Attention(nnx.Module):
         if spec.qk_norm is not None and spec.qk_norm.over == "projection":
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (y.reshape(*y.shape[:2], -1, self.width) for y in (q, k, v))
+        # No head lies on two devices, even where their number does not divide.
+        q = constrain(q, "batch", None, "heads", None)
+        k, v = (constrain(y, "batch", None, "kv_heads", None) for y in (k, v))
         if spec.qk_norm is not None and spec.qk_norm.over == "head":
             q, k = self.q_norm(q), self.k_norm(k)
         if spec.positions.kind == "rope":

@@ -24,7 +24,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Float32, Int32, Key
 
 from assay.model.layers import Mlp, activate, along_last, use_cpu_kernels
-from assay.model.sharding import constant_parameter, parameter
+from assay.model.sharding import constant_parameter, constrain, on_each_device, parameter
 from assay.spec.model import MlpSpec, MoeSpec, RouterSpec, WeightInit
 from assay.spec.run import ComputeSpec
 
@@ -185,6 +185,12 @@ def dispatch(x: Float[Array, "n d"], layout: Layout) -> Float[Array, "..."]:
     return placed.reshape(*layout.shape, x.shape[-1])
 
 
+def dispatch_choices(x: Int32[Array, "n k"], layout: Layout) -> Int32[Array, "..."]:
+    """A number of every kept choice at its place; 0 at places that are empty."""
+    placed = jnp.zeros((layout.places,), x.dtype)
+    return placed.at[layout.slots.reshape(-1)].set(x.reshape(-1), mode="drop").reshape(layout.shape)
+
+
 def combine(
     y: Float[Array, "..."], layout: Layout, weights: Float32[Array, "n k"]
 ) -> Float[Array, "n d"]:
@@ -254,6 +260,17 @@ def ragged_layout(
         lambda x, w: jax.lax.ragged_dot(x, w, sizes),
         lambda bias: bias[owner],
     )
+
+
+def device_layout(
+    devices: Int32[Array, "b t k"], kept: Bool[Array, "b t k"], ways: int, most: int
+) -> Layout:
+    """(ways, N most): choices by the device of their expert, at most `most` a token for each."""
+    b, t, k = devices.shape
+    flat = jnp.where(kept, devices, ways).reshape(1, -1)
+    room = b * t * most
+    slots = jnp.where(flat < ways, flat * room + rank(flat, ways + 1), ways * room)
+    return Layout(slots.reshape(b * t, k), (ways, room), _batched, lambda bias: bias)
 
 
 def blocks_layout(
@@ -398,27 +415,95 @@ class Experts(nnx.Module):
             bias=spec.bias,
         )
 
-    def __call__(self, x: Float[Array, "..."], product, spread) -> Float[Array, "..."]:
-        """(P..., D) -> (P..., D): each place by its own expert, as a `Layout` says."""
+    def __call__(
+        self, x: Float[Array, "..."], product, spread, across: "Across | None" = None
+    ) -> Float[Array, "..."]:
+        """(P..., D) -> (P..., D): each place by its own expert, as a `Layout` says.
+
+        Where hidden features are split `across` devices, each gives its part of a sum.
+        """
 
         def linear(x, layer: ExpertLinear):
             y = product(x, layer.w[...].astype(x.dtype))
             return y if layer.b is None else y + spread(layer.b[...].astype(x.dtype))
 
+        def last(x):
+            if across is None or self.down.b is None:
+                return linear(x, self.down)
+            bias = across.once(self.down.b[...])
+            return product(x, self.down.w[...].astype(x.dtype)) + spread(bias.astype(x.dtype))
+
         if self.gate is not None:
             gate = activate(linear(x, self.gate), self.activation, cpu=self.cpu)
-            return linear(gate * linear(x, self.up[0]), self.down)
-        for up in self.up:
+            return last(gate * linear(x, self.up[0]))
+        for n, up in enumerate(self.up):
+            if n and across is not None:
+                x = across.whole_features(x)
             x = activate(linear(x, up), self.activation, cpu=self.cpu)
-        return linear(x, self.down)
+        return last(x)
+
+    def arrays(self) -> tuple[list[Array], list[tuple], Callable[[list[Array]], "Experts"]]:
+        """The weights, the logical axes of each, and the way back from (parts of) them.
+
+        On its device a weight is whole along d_model, whoever keeps it.
+        """
+        leaves, structure = jax.tree.flatten(self)
+        params = jax.tree.leaves(self, is_leaf=lambda leaf: isinstance(leaf, nnx.Param))
+        axes = [tuple(None if a == "embed" else a for a in param.axes) for param in params]
+        return leaves, axes, lambda parts: jax.tree.unflatten(structure, parts)
 
 
-def all_experts(x: Float[Array, "n d"], experts: Experts) -> Float[Array, "e n d"]:
+class Across:
+    """What goes between devices while each computes its own experts and hidden features."""
+
+    def __init__(self):
+        mesh = jax.sharding.get_abstract_mesh()
+        self.experts, self.features = mesh.shape["expert"], mesh.shape["tensor"]
+
+    def to_experts(self, x: Array, axis: int) -> Array:
+        """(..., E, ..., P, ...) -> (..., E / ways, ..., ways P, ...); P follows E at `axis`."""
+        return jax.lax.all_to_all(x, "expert", axis, axis + 1, tiled=True)
+
+    def from_experts(self, x: Array, axis: int) -> Array:
+        """The way back."""
+        return jax.lax.all_to_all(x, "expert", axis + 1, axis, tiled=True)
+
+    def whole_features(self, x: Array) -> Array:
+        return jax.lax.all_gather(x, "tensor", axis=x.ndim - 1, tiled=True)
+
+    def once(self, bias: Array) -> Array:
+        """The bias on one of the devices that share a sum, and 0 on the others."""
+        return jnp.where(jax.lax.axis_index("tensor") == 0, bias, jnp.zeros_like(bias))
+
+    def sum(self, y: Array) -> Array:
+        return jax.lax.psum(y, "tensor")
+
+
+def all_experts(
+    x: Float[Array, "n d"], experts: Experts, across: Across | None = None
+) -> Float[Array, "e n d"]:
     """Every expert's output for every token."""
     num_experts = experts.down.w.shape[0]
     copies = jnp.broadcast_to(x[None], (num_experts, *x.shape))
     product = _cpu_batched if experts.cpu else _batched
-    return experts(copies, product, lambda bias: bias[:, None])
+    return experts(copies, product, lambda bias: bias[:, None], across)
+
+
+def weighted_experts(
+    x: Float[Array, "n d"],
+    weights: Float32[Array, "n e"],
+    experts: Experts,
+    across: Across | None = None,
+) -> Float[Array, "n d"]:
+    """The weighted sum of every expert's output, in float32."""
+    if across is not None:  # all tokens to all experts, and their sums back
+        x = jax.lax.all_gather(x, "expert", tiled=True)
+        weights = jax.lax.all_to_all(weights, "expert", 1, 0, tiled=True)
+    out = all_experts(x, experts, across).astype(jnp.float32)
+    y = jnp.einsum("end,ne->nd", out, weights)
+    if across is not None:
+        y = jax.lax.psum_scatter(y, "expert", tiled=True)
+    return y.astype(x.dtype)
 
 
 # ---------------------------------------------------------------------------- auxiliary losses
@@ -604,25 +689,65 @@ class Moe(nnx.Module):
         return weights, probabilities, experts, jnp.ones(experts.shape, bool), margin
 
     def _through(self, x, experts, weights, kept, places) -> Float[Array, "b t d"]:
-        """Tokens to the experts of their kept choices, and back, weighted."""
-        b, t, d = x.shape
-        e, flat = self.spec.experts, x.reshape(b * t, d)
-        weights = weights.reshape(b * t, -1)
+        """Tokens to the experts of their kept choices, and back, weighted.
+
+        On a mesh each device sorts its own tokens, and they travel to their experts and back by
+        an all-to-all each way (arXiv:2006.16668, section 3.2).
+        """
+
+        def part(x, own, across, experts, weights, kept):
+            flat, weights = x.reshape(-1, x.shape[-1]), weights.reshape(-1, weights.shape[-1])
+            return self._part(flat, experts, weights, kept, places, own, across)
+
+        return self._by_device(part, x, experts, weights, kept)
+
+    def _by_device(self, part, x, *of_tokens) -> Float[Array, "b t d"]:
+        """`part(x, experts, across, *of_tokens)` -> (N, D) of each device's rows and experts."""
+        leaves, axes, rebuilt = self.experts.arrays()
+        across = None if jax.sharding.get_abstract_mesh().empty else Across()
+        rows = ("batch", None, None)
+
+        def local(leaves, x, *of_tokens):
+            y = part(x, rebuilt(leaves), across, *of_tokens)
+            return (y if across is None else across.sum(y)).reshape(x.shape)
+
+        local = on_each_device(local, axes, rows, *[rows for _ in of_tokens], out=rows)
+        return local(leaves, x, *of_tokens)
+
+    def _part(self, x, choices, weights, kept, places, experts, across) -> Float[Array, "n d"]:
+        """`_through` of one device's tokens (N, D); `experts` are those that it keeps."""
+        e = self.spec.experts
         if self.dispatch == "dense":
-            onehot = jax.nn.one_hot(experts.reshape(b * t, -1), e)
+            onehot = jax.nn.one_hot(choices.reshape(x.shape[0], -1), e)
             by_expert = jnp.einsum("nk,nke->ne", weights, onehot)
-            out = all_experts(flat, self.experts).astype(jnp.float32)
-            y = jnp.einsum("end,ne->nd", out, by_expert).astype(x.dtype)
-            return y.reshape(b, t, d)
-        if self.dispatch == "capacity" or self.spec.router.kind == "expert_choice":
-            # An expert's choices fit a buffer exactly: no other layout is better.
-            layout = capacity_layout(experts, kept, e, places, self.cpu)
-        elif self.dispatch == "ragged":
-            layout = ragged_layout(experts, kept, e)
-        else:
-            layout = blocks_layout(experts, kept, e)
-        y = self.experts(dispatch(flat, layout), layout.product, layout.spread)
-        return combine(y, layout, weights).reshape(b, t, d)
+            return weighted_experts(x, by_expert, experts, across)
+        ways = 1 if across is None else across.experts
+        most = min(choices.shape[-1], e // ways)  # of a token's choices, for one device
+        fits = self.dispatch == "capacity" or self.spec.router.kind == "expert_choice"
+        if fits or (ways > 1 and e * places < ways * choices.shape[1] * most):
+            # An expert's choices fit a buffer exactly, or one that is smaller than any other.
+            layout = capacity_layout(choices, kept, e, places, self.cpu)
+            placed = dispatch(x, layout)
+            if across is not None:
+                placed = across.to_experts(placed, 0)
+            y = experts(placed, layout.product, layout.spread, across)
+            return combine(y if across is None else across.from_experts(y, 0), layout, weights)
+        sort = ragged_layout if self.dispatch == "ragged" else blocks_layout
+        if ways == 1:
+            layout = sort(choices, kept, e)
+            y = experts(dispatch(x, layout), layout.product, layout.spread, across)
+            return combine(y, layout, weights)
+        # No choice is dropped, so a device must be able to send all that it has to any other.
+        device, expert = choices // (e // ways), choices % (e // ways)
+        layout = device_layout(device, kept, ways, most)
+        # Experts count from 1 here, so that 0 is an empty place.
+        expert = dispatch_choices(expert.reshape(layout.slots.shape) + 1, layout)
+        placed = across.to_experts(dispatch(x, layout), 0)[0]
+        expert = across.to_experts(expert, 0)[0]
+        inner = sort(expert[None, :, None] - 1, expert[None, :, None] > 0, e // ways)
+        y = experts(dispatch(placed, inner), inner.product, inner.spread, across)
+        y = combine(y, inner, jnp.ones(inner.slots.shape, jnp.float32))
+        return combine(across.from_experts(y[None], 0), layout, weights)
 
     def _record(self, logits, probabilities, experts, kept, margin, real) -> Routing:
         e, counted = self.spec.experts, real.astype(jnp.float32)
@@ -658,7 +783,7 @@ class Moe(nnx.Module):
         mixing = jax.nn.softmax(logits, axis=-1)
         by_expert = jnp.sum(mixing.reshape(*x.shape[:2], e, slots), axis=-1)
         if self.spec.router.over == "token":
-            y = soft_over_token(x, by_expert, self.experts)
+            y = self._by_device(soft_over_token, x, by_expert)
         else:
             y = soft_over_sequence(x, logits, mixing, self.experts, real)
         b, t = real.shape
@@ -692,16 +817,18 @@ def soft_over_sequence(
     b, _, d = x.shape
     into = jax.nn.softmax(jnp.where(real[..., None], logits, -1e30), axis=1).astype(x.dtype)
     placed = jnp.einsum("btd,bts->sbd", x, into).reshape(num_experts, -1, d)
+    placed = constrain(placed, "expert", "rows", None)
     product = _cpu_batched if experts.cpu else _batched
     y = experts(placed, product, lambda bias: bias[:, None]).reshape(-1, b, d)
     return jnp.einsum("sbd,bts->btd", y, mixing.astype(x.dtype))
 
 
 def soft_over_token(
-    x: Float[Array, "b t d"], weights: Float32[Array, "b t e"], experts: Experts
-) -> Float[Array, "b t d"]:
+    x: Float[Array, "b t d"],
+    experts: Experts,
+    across: Across | None,
+    weights: Float32[Array, "b t e"],
+) -> Float[Array, "n d"]:
     """The same of a group of one token: all slots of an expert read it, so one output serves."""
-    b, t, d = x.shape
-    out = all_experts(x.reshape(b * t, d), experts)
-    y = jnp.einsum("end,ne->nd", out.astype(jnp.float32), weights.reshape(b * t, -1))
-    return y.astype(x.dtype).reshape(b, t, d)
+    n = x.shape[0] * x.shape[1]
+    return weighted_experts(x.reshape(n, -1), weights.reshape(n, -1), experts, across)

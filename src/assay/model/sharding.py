@@ -5,7 +5,7 @@ begins. A sharding strategy is then a table of names, `RULES`, and the model nev
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import jax
@@ -13,13 +13,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float32, Key
+from jaxtyping import Array, Float32, Int32, Key
 
 from assay.errors import AssayError
 from assay.spec.model import WeightInit
 from assay.spec.run import MeshSpec
 
-MESH_AXES = ("data", "fsdp", "tensor")
+MESH_AXES = ("data", "fsdp", "expert", "tensor")
+"""From far to near: devices next to each other differ along the last."""
 
 RULES: dict[str, tuple[str, ...]] = {
     # parameters
@@ -28,10 +29,15 @@ RULES: dict[str, tuple[str, ...]] = {
     "mlp": ("tensor",),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
+    "expert": ("expert",),
     # activations
-    "batch": ("data", "fsdp"),
+    "batch": ("data", "fsdp", "expert"),
+    "rows": ("data", "fsdp"),  # of the batch, where each expert has its own
 }
 """Logical axis -> mesh axes. A name that is not here is not split."""
+
+WHOLE_IF_UNEVEN = {"vocab"}
+"""Axes that are left whole by a mesh that does not divide them; any other is refused."""
 
 
 def parameter(
@@ -92,7 +98,7 @@ def make_mesh(spec: MeshSpec) -> Mesh | None:
     found = jax.device_count()
     if spec.devices > found:
         raise AssayError(
-            f"mesh: data={spec.data}, fsdp={spec.fsdp}, tensor={spec.tensor} needs "
+            f"mesh: {', '.join(f'{axis}={getattr(spec, axis)}' for axis in MESH_AXES)} needs "
             f"{spec.devices} devices; found {found} ({jax.default_backend()})."
         )
     shape = tuple(getattr(spec, axis) for axis in MESH_AXES)
@@ -125,15 +131,17 @@ def parameter_shardings(model: nnx.Module, mesh: Mesh):
     for path, param in nnx.to_flat_state(nnx.state(model, nnx.Param)):
         shape, axes = param.shape, param.axes
         axes = (None,) * (len(shape) - len(axes)) + axes  # stacked layers have one more in front
+        split = []
         for size, name in zip(shape, axes, strict=True):
             ways = math.prod(mesh.shape[axis] for axis in RULES.get(name, ()))
-            if size % ways:
+            if size % ways and name not in WHOLE_IF_UNEVEN:
                 where = ".".join(map(str, path))
                 raise AssayError(
                     f"mesh: {'x'.join(RULES[name])}={ways} does not divide the {size} of axis "
                     f"'{name}' of {where} {tuple(shape)}."
                 )
-        shardings[path] = NamedSharding(mesh, partition(axes))
+            split.append(None if size % ways else name)
+        shardings[path] = NamedSharding(mesh, partition(split))
     return nnx.traversals.unflatten_mapping(shardings)
 
 
@@ -142,3 +150,31 @@ def constrain(x: Array, *axes: str | None) -> Array:
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, partition(axes))
+
+
+def table_rows(table: nnx.Param, places: Int32[Array, "..."]) -> Float32[Array, "..."]:
+    """table[places], (V, D) and (...) -> (..., D), the rows made whole first, as FSDP has it.
+
+    XLA's partitioner otherwise splits what is looked up along D, and then must undo that.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return table[...][places]
+    name = table.axes[0]
+    ways = math.prod(mesh.shape[axis] for axis in RULES.get(name, ()))
+    return constrain(table[...], None if table.shape[0] % ways else name, None)[places]
+
+
+def on_each_device(f: Callable, *axes: Sequence[str | None] | list, out: Sequence[str | None]):
+    """`f` as every device runs it on its own part, where a mesh is set; elsewhere `f` itself.
+
+    `axes` are the logical axes of each argument (of each leaf, in a list, where the argument is a
+    list of arrays), `out` those of the result. What crosses devices in between, `f` says.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return f
+    in_specs = tuple(
+        [partition(leaf) for leaf in entry] if isinstance(entry, list) else partition(entry)
+        for entry in axes
+    )
+    return jax.shard_map(f, in_specs=in_specs, out_specs=partition(out), check_vma=False)

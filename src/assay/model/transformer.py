@@ -27,7 +27,7 @@ from assay.model.layers import (
 )
 from assay.model.moe import Moe, Routing
 from assay.model.positions import sinusoidal
-from assay.model.sharding import constant_parameter, constrain, parameter
+from assay.model.sharding import constant_parameter, constrain, parameter, table_rows
 from assay.spec.model import BlockSpec, InitSpec, TransformerSpec, ZeroInit
 from assay.spec.run import ComputeSpec
 
@@ -52,11 +52,11 @@ class Embedding(nnx.Module):
         positions: Int32[Array, "*b t"],
         key: Key[Array, ""] | None,
     ) -> Float32[Array, "b t d"]:
-        x = self.table[...][tokens]
+        x = table_rows(self.table, tokens)
         if self.spec.scale_by_sqrt_width:
             x = x * math.sqrt(x.shape[-1])
         if self.spec.positions.kind == "learned":
-            added = self.positions[...][positions]
+            added = table_rows(self.positions, positions)
             x = x + (added if added.ndim == 3 else added[None])
         elif self.spec.positions.kind == "sinusoidal":
             table = sinusoidal(positions, x.shape[-1], self.spec.positions.theta)

@@ -238,15 +238,66 @@ class ComputeSpec(Spec):
 
 
 class MeshSpec(Spec):
-    """Devices along each axis; 1 everywhere is one device."""
+    """Devices along each axis; 1 everywhere is one device.
+
+    data: each has a part of the batch. fsdp: that, and a part of every matrix along d_model.
+    tensor: each has some heads, hidden features and rows of the vocabulary. expert: each has a
+    part of the batch, and some experts.
+    """
 
     data: PositiveInt = 1
     fsdp: PositiveInt = 1
     tensor: PositiveInt = 1
+    expert: PositiveInt = 1
 
     @property
     def devices(self) -> int:
-        return self.data * self.fsdp * self.tensor
+        return self.batch_shards * self.tensor
+
+    @property
+    def batch_shards(self) -> int:
+        """How many parts the batch is in."""
+        return self.data * self.fsdp * self.expert
+
+    def check(self, model: TransformerSpec) -> None:
+        """Raises ValueError, with what does not divide, where the model cannot lie on this mesh.
+
+        A vocabulary that does not divide is legal: its tables are kept whole along `tensor`. So
+        are heads that do not, if at most an eighth of them must be added to fill the devices.
+        """
+
+        def divides(axis: str, size: int, where: str) -> None:
+            ways = getattr(self, axis)
+            if size % ways:
+                raise ValueError(f"mesh: {axis}={ways} does not divide {where} ({size}).")
+
+        divides("fsdp", model.d_model, "model.d_model")
+        experts = False
+        for i, block in enumerate(model.decoder.pattern):
+            where = f"model.decoder.pattern.{i}"
+            attention, feed_forward = block.attention, block.feed_forward
+            if attention is not None:
+                heads, kv_heads = attention.heads, attention.num_kv_heads
+                at = f"{where}.attention"
+                width = attention.width(model.d_model)
+                if kv_heads < heads or -heads % self.tensor > heads // 8:
+                    divides("tensor", kv_heads, f"{at}.{'kv_' * (kv_heads < heads)}heads")
+                divides("tensor", heads * width, f"{at}.heads x head_dim")
+            if feed_forward is None:
+                continue
+            moe = feed_forward.kind == "moe"
+            experts |= moe
+            if moe:
+                divides("expert", feed_forward.experts, f"{where}.feed_forward.experts")
+                parts = {"expert": feed_forward.expert, "shared": feed_forward.shared}
+            else:
+                parts = {"": feed_forward}
+            for part, mlp in parts.items():
+                for hidden in mlp.widths if mlp else ():
+                    at = ".".join(filter(None, (where, "feed_forward", part, "hidden")))
+                    divides("tensor", hidden, at)
+        if self.expert > 1 and not experts:
+            raise ValueError(f"mesh: expert={self.expert}, but the model has no experts.")
 
 
 class RunSpec(Spec):
@@ -269,16 +320,17 @@ class RunSpec(Spec):
             raise ValueError(
                 f"train.accumulate: found {parts}, which must divide data.batch_size ({batch})."
             )
-        shards = self.mesh.data * self.mesh.fsdp
+        shards = self.mesh.batch_shards
         if (batch // parts) % shards:
             raise ValueError(
-                f"mesh: data x fsdp is {shards}, which must divide the "
+                f"mesh: data x fsdp x expert is {shards}, which must divide the "
                 f"{batch // parts} sequences of one pass (data.batch_size / train.accumulate)."
             )
         if self.train.score == "validation" and not self.data.validation:
             raise ValueError(
                 "train.score: found 'validation', but data.validation is 0: there is no such text."
             )
+        self.mesh.check(self.model)
         if self.model.embedding.positions.kind == "learned" and (
             self.data.seq_len > self.model.context
         ):

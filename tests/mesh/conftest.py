@@ -1,0 +1,104 @@
+"""A shrunk preset trained for some steps on a mesh: its gradients, losses and program."""
+
+from dataclasses import dataclass
+from itertools import product
+
+import jax
+import numpy as np
+
+from assay.errors import AssayError
+from assay.model.sharding import make_mesh, parameter_shardings, partition, use_mesh
+from assay.model.transformer import abstract, layout, name_leaves
+from assay.spec import presets
+from assay.spec.model import TransformerSpec
+from assay.spec.run import ComputeSpec, ConstantSchedule, DataSpec, MeshSpec, RunSpec, SgdSpec
+from assay.train.step import initial_state, make_step, state_shardings
+
+SEQ_LEN = 16
+
+
+def small(name: str) -> TransformerSpec:
+    """The shrunk preset without dropout, at most one period of its pattern."""
+    model = presets.shrink(presets.get(name).model)
+    periods = len(model.decoder.pattern)
+    changes = {
+        "embedding.dropout": 0.0,
+        "decoder.num_layers": min(model.decoder.num_layers, periods),
+    }
+    changes |= {"decoder.pattern.*.dropout": 0.0} if periods else {}
+    return model.changed(changes)
+
+
+def run_of(model: TransformerSpec, mesh: MeshSpec, **compute) -> RunSpec:
+    """Momentum's first statistic is the gradient itself."""
+    return RunSpec(
+        model=model,
+        data=DataSpec(seq_len=SEQ_LEN, batch_size=8),
+        optimizer=SgdSpec(lr=0.1, momentum=0.9),
+        schedule=ConstantSchedule(),
+        compute=ComputeSpec(**compute),
+        mesh=mesh,
+    )
+
+
+def legal_meshes(model: TransformerSpec, devices: int = 8) -> list[MeshSpec]:
+    """Every mesh of so many devices that the model can lie on."""
+    meshes = []
+    for data, fsdp, expert, tensor in product((1, 2, 4, 8), repeat=4):
+        mesh = MeshSpec(data=data, fsdp=fsdp, expert=expert, tensor=tensor)
+        if mesh.devices != devices:
+            continue
+        try:
+            run_of(model, mesh)
+        except AssayError:
+            continue
+        meshes.append(mesh)
+    return meshes
+
+
+@dataclass
+class Trained:
+    gradients: dict[str, np.ndarray]
+    losses: list[float]
+    program: jax.stages.Compiled
+
+
+def batch_of(run: RunSpec) -> dict[str, np.ndarray]:
+    drawn = np.random.default_rng(1).integers(0, run.model.vocab_size, (8, SEQ_LEN + 1), np.int32)
+    return {"tokens": drawn[:, :-1], "targets": drawn[:, 1:]}
+
+
+def trained(run: RunSpec, steps: int = 20) -> Trained:
+    model, batch, losses = abstract(run.model, run.compute), batch_of(run), []
+    form = layout(run.model, run.compute)
+    with use_mesh(make_mesh(run.mesh)) as mesh:
+        state, update = initial_state(run), jax.jit(make_step(run, model))
+        if mesh is not None:
+            places = state_shardings(state, parameter_shardings(model, mesh), mesh)
+            rows = jax.sharding.NamedSharding(mesh, partition(("batch", None)))
+            state, batch = jax.device_put(state, places), jax.device_put(batch, rows)
+            update = jax.jit(make_step(run, model), out_shardings=(places, None))
+        program = update.lower(state, batch, np.float32(0)).compile()
+        for step in range(steps):
+            state, metrics = program(state, batch, np.float32(0))
+            losses.append(float(metrics["loss"]))
+            if step == 0:
+                gradients = name_leaves(jax.device_get(state.optimizer[1][0].trace), form)
+    return Trained(gradients, losses, program)
+
+
+def assert_same(ours: Trained, alone: Trained) -> None:
+    """Gradients of the first step to 1e-5 of their largest entry; every loss to 1e-4.
+
+    What is zero but for rounding (the bias of keys cancels in the softmax) must be so in both.
+    """
+    largest = max(float(np.abs(gradient).max()) for gradient in alone.gradients.values())
+    for name, gradient in alone.gradients.items():
+        scale = float(np.abs(gradient).max())
+        if scale < 1e-6 * largest:
+            assert np.abs(ours.gradients[name]).max() < 1e-6 * largest, name
+            continue
+        np.testing.assert_allclose(
+            ours.gradients[name], gradient, rtol=0, atol=1e-5 * scale, err_msg=name
+        )
+    np.testing.assert_allclose(ours.losses, alone.losses, rtol=1e-4)
