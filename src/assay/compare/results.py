@@ -15,8 +15,7 @@ alone, and never needs a model.
 
 `curves.py` has `curve_features(tokens[P], loss[P])`: slope, floor, smoothness;
 `scaling.py` fits of runs (params N, tokens D, FLOPs C, loss), and what they say at a
-budget. An interval's end that is infinite is None here, since JSON has no infinity; an interval
-that cannot be given at all (one seed) is (None, None).
+budget. An interval's end that is infinite is None here, since JSON has no infinity.
 
 Units: loss nats a token, bpb bits a UTF-8 byte, FLOPs of the matrix products of training as
 `spec/accounting.py` counts them, seconds of training alone.
@@ -111,7 +110,7 @@ class CheckRecord(Spec):
 class Solution(Spec):
     """A field that was solved for, so that variants meet: what it was, and what came of it.
 
-    `found` and `wanted` are of `quantity` ("params", "active_params" or "flops_per_token").
+    `found` and `wanted` are of `quantity`: params, active_params or flops_per_token.
     """
 
     path: str
@@ -160,7 +159,11 @@ class Pair(Spec):
     """Two rows compared, paired by seed: `difference` is the mean of a - b in bits per byte.
 
     Negative: a has the lower loss. The verdict is of a: better or worse than b, equivalent
-    (within the margin), or undecided. `seeds_needed` is how many in all would decide, estimated.
+    (within the margin), or undecided; `reason` says by what. `ci95` (planned-n) and `anytime95` are
+    of this pair alone; `simultaneous95` holds for all pairs together, and is what the verdict goes
+    by. `deviation` is that of the differences. `seeds_needed` planned seeds in all would call this
+    difference, if it were the true one, with a chance of 0.8; `smallest_difference` is what all
+    planned seeds can show.
     """
 
     a: str
@@ -168,31 +171,36 @@ class Pair(Spec):
     difference: float | None
     ci95: Interval
     anytime95: Interval
-    p: float | None = None
+    simultaneous95: Interval
+    deviation: float | None
+    p: float | None
     p_adjusted: float | None
     verdict: Verdict
+    reason: str
     seeds: tuple[int, ...]
-    seeds_needed: int | None = None
-    note: str = ""
+    seeds_needed: int | None
+    seeds_needed_anytime: int | None
+    smallest_difference: float | None
 
 
 class Design(Spec):
     """What was declared before the first run.
 
-    seeds: all that are planned; `looks`: after how many of them the pairs are judged, the last
-    being all. margin: bits per byte within which variants count as equivalent. base: the row that
-    all others are compared with; None compares all pairs. matched: what is equal, as "flops".
+    seeds: all that are planned. looks: end, every, or after how many of them the pairs are judged.
+    margin: bits per byte within which variants count as equivalent. base: the variant that all
+    others are compared with; None compares all pairs. matched: what is equal, the budget's unit
+    first, then sizes; `amount` is of the budget.
     """
 
     seeds: tuple[int, ...]
-    looks: tuple[int, ...]
+    looks: Literal["end", "every"] | tuple[int, ...]
     margin: float
     level: float = 0.95
     correction: Literal["holm"] = "holm"
     base: str | None = None
-    matched: str
+    matched: tuple[str, ...]
     amount: float
-    learning_rates: Literal["one", "tuned", "mup"]
+    learning_rates: str
 
 
 class Prediction(Spec):
@@ -219,7 +227,8 @@ class Decision(Spec):
 
 
 class Environment(Spec):
-    """Where and how it ran. `seconds_comparable` is False where runs shared the cores."""
+    """Where and how it ran. `seconds_comparable` is False where runs shared the cores: seconds
+    are then no result."""
 
     versions: dict[str, str]
     device: str

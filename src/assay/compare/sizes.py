@@ -1,0 +1,126 @@
+"""Sizes that variants may be asked to share, and a width or depth that makes them equal."""
+
+from collections.abc import Iterable, Sequence
+from functools import cache, partial
+from typing import Any, Literal
+
+from assay.compare.results import Solution
+from assay.errors import AssayError
+from assay.spec.accounting import flops_per_token, parameters
+from assay.spec.run import RunSpec
+
+Quantity = Literal["params", "active_params", "flops_per_token"]
+QUANTITIES: tuple[Quantity, ...] = ("params", "active_params", "flops_per_token")
+
+COUNTS = ("num_layers", "experts", "heads", "kv_heads")
+"""Fields that are counts of things: found to 1. Others are widths, found to a multiple of 8."""
+
+MOST = 1 << 20
+"""No width or depth is looked for beyond."""
+
+
+def measure(run: RunSpec, quantity: Quantity) -> int:
+    """Parameters in all, those that one token meets, or training FLOPs a token at its length."""
+    match quantity:
+        case "params":
+            return parameters(run.model).total
+        case "active_params":
+            return parameters(run.model).active
+        case "flops_per_token":
+            return flops_per_token(run.model, run.data.seq_len).train
+
+
+def solve(
+    run: RunSpec,
+    paths: Sequence[str],
+    quantity: Quantity,
+    wanted: float,
+    *,
+    multiple: int | None = None,
+) -> tuple[RunSpec, tuple[Solution, ...]]:
+    """The run with the field at `paths[0]` such that the quantity is the nearest to `wanted`.
+
+    Fields at further paths keep their ratio to the first, rounded to `multiple` likewise. The
+    quantity must grow with the field; values at which the spec is not legal (heads that do not
+    divide a width) are passed over.
+
+    Raises:
+        AssayError: if a path holds no whole number, or no legal value comes near.
+    """
+    before = [_whole(run, path) for path in paths]
+    steps = [multiple or _step(path) for path in paths]
+
+    def at(count: int) -> tuple[RunSpec, list[int]]:
+        first = count * steps[0]
+        values = [first] + [
+            max(step, step * round(old * first / before[0] / step))
+            for old, step in zip(before[1:], steps[1:], strict=True)
+        ]
+        return run.changed(dict(zip(paths, values, strict=True))), values
+
+    @cache
+    def size(count: int) -> int | None:
+        try:
+            return measure(at(count)[0], quantity)
+        except AssayError:  # not a legal value
+            return None
+
+    def legal(counts: Iterable[int]) -> int | None:
+        return next((count for count in counts if size(count) is not None), None)
+
+    # Double until it is enough, then halve the gap.
+    low, high, start = None, None, 1
+    while high is None:
+        if start * steps[0] > MOST:
+            raise AssayError(
+                f"no legal value of {paths[0]} brings {quantity} to {wanted:,.0f}; it is "
+                f"{measure(run, quantity):,} at {before[0]}."
+            )
+        count = legal(range(start, 2 * start))
+        if count is not None and size(count) >= wanted:
+            high = count
+        elif count is not None:
+            low = count
+        start *= 2
+    while low is not None:
+        middle = (low + high) // 2
+        middle = legal([*range(max(middle, low + 1), high), *range(middle, low, -1)])
+        if middle is None:
+            break
+        low, high = (middle, high) if size(middle) < wanted else (low, middle)
+    best = min((c for c in (low, high) if c is not None), key=lambda c: abs(size(c) - wanted))
+    changed, values = at(best)
+    record = partial(Solution, quantity=quantity, wanted=wanted, found=size(best))
+    return changed, tuple(
+        record(path=path, before=old, after=new)
+        for path, old, new in zip(paths, before, values, strict=True)
+    )
+
+
+def _step(path: str) -> int:
+    return 1 if path.split(".")[-1] in COUNTS else 8
+
+
+def _whole(run: RunSpec, path: str) -> int:
+    """The whole number at a path; with `*`, the one that all entries share."""
+    found = {_key(value) for value in _at(run.model_dump(mode="json"), path.split("."), path)}
+    if len(found) != 1 or not isinstance(value := next(iter(found)), int):
+        shown = ", ".join(map(str, sorted(found, key=str)))
+        raise AssayError(f"{path}: found {shown}; a size to be solved for is one whole number.")
+    return value
+
+
+def _at(data: Any, parts: list[str], path: str) -> list[Any]:
+    if not parts:
+        return [data]
+    head, rest = parts[0], parts[1:]
+    if isinstance(data, list):
+        inner = data if head == "*" else data[int(head) : int(head) + 1] if head.isdigit() else []
+        return [value for entry in inner for value in _at(entry, rest, path)]
+    if isinstance(data, dict) and head in data:
+        return _at(data[head], rest, path)
+    raise AssayError(f"{path}: there is no field '{head}' there.")
+
+
+def _key(value: Any) -> Any:
+    return value if isinstance(value, int) and not isinstance(value, bool) else repr(value)
