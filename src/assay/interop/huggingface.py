@@ -11,8 +11,9 @@ import json
 import os
 import re
 import shutil
-from collections import Counter
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,6 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from assay.errors import AssayError
 from assay.interop.huggingface_config import (
@@ -30,6 +29,17 @@ from assay.interop.huggingface_config import (
     known_family,
     model_type,
     spec_from_config,
+)
+from assay.interop.tensor_files import (
+    SHARD_BYTES,
+    Entry,
+    SafetensorsFolder,
+    Shape,
+    check_dtype,
+    dtype_of,
+    read_json,
+    shape_of,
+    write_safetensors,
 )
 from assay.model.transformer import abstract, named_parameters
 from assay.spec.model import TransformerSpec
@@ -42,12 +52,13 @@ __all__ = [
     "iterate_theirs",
     "layout",
     "load_folder",
+    "our_entries",
+    "read_config",
     "save_folder",
     "spec_from_config",
+    "their_entries",
     "to_huggingface",
 ]
-
-Shape = tuple[int, ...]
 
 # ---------------------------------------------------------------------------- forms
 
@@ -227,18 +238,13 @@ class Tensor:
     expert: int | None = None
 
     def to_theirs(self, arrays: Sequence[np.ndarray]) -> np.ndarray:
+        """Theirs, a view of ours where their form allows."""
         tensor = self.row.form.to_theirs(arrays)
-        return np.ascontiguousarray(tensor[: self.vocab_size] if self.row.vocab else tensor)
+        return tensor[: self.vocab_size] if self.row.vocab else tensor
 
     def to_ours(self, tensor: np.ndarray) -> Sequence[np.ndarray]:
-        padding = self._padded_shape[0] - tensor.shape[0]
-        if padding:
-            tensor = np.pad(tensor, ((0, padding), (0, 0)))
+        """Ours, views of theirs; of a vocabulary that is padded here, only the real rows."""
         return self.row.form.to_ours(tensor, self.our_shapes)
-
-    @property
-    def _padded_shape(self) -> Shape:
-        return self.row.form.shape(self.our_shapes)
 
 
 def layout(spec: TransformerSpec, family: str | None = None) -> list[Tensor]:
@@ -285,25 +291,106 @@ def layout(spec: TransformerSpec, family: str | None = None) -> list[Tensor]:
     return tensors
 
 
+def their_entries(
+    named: Mapping[str, Array],
+    spec: TransformerSpec,
+    family: str | None = None,
+    dtype: str | None = None,
+) -> list[Entry]:
+    """Their tensors, made of ours when they are read; in `dtype`, or each in its own.
+
+    Raises:
+        AssayError: if a parameter is missing, or has another shape than the spec's.
+    """
+    entries = []
+    for tensor in layout(spec, family):
+        for name, shape in zip(tensor.ours, tensor.our_shapes, strict=True):
+            if name not in named:
+                raise AssayError(f"{name}: this parameter is missing.")
+            found = shape_of(named, name)
+            _check_shape(name, found if tensor.expert is None else found[1:], shape)
+            check_dtype(name, dtype_of(named, name))
+
+        def arrays(tensor=tensor):
+            ours = [np.asarray(named[name]) for name in tensor.ours]
+            if tensor.expert is not None:
+                ours = [array[tensor.expert] for array in ours]
+            return [tensor.to_theirs(ours)]
+
+        kept = np.dtype(dtype or dtype_of(named, tensor.ours[0]))
+        entries.append(Entry(tensor.name, kept, tensor.shape, arrays, tensor.ours[0]))
+    return entries
+
+
+def our_entries(
+    tensors: Mapping[str, np.ndarray],
+    spec: TransformerSpec,
+    family: str | None = None,
+    dtype: str | None = None,
+) -> list[Entry]:
+    """Our parameters, made of theirs when they are read; in `dtype`, or each in its own.
+
+    Names without the family's prefix (`h.0...` for `transformer.h.0...`) are understood.
+
+    Raises:
+        AssayError: if a tensor is missing, unexpected, not of floats, or of another shape; if
+            a tied head is there and is not the embedding; if a layer's experts differ in dtype.
+    """
+    family = known_family(family or family_of(spec))
+    wanted = layout(spec, family)
+    where = checked_names(tensors, spec, family)
+    shapes = {name: leaf.shape for name, leaf in named_parameters(abstract(spec)).items()}
+    holders: dict[str, list[tuple[Tensor, int]]] = {}
+    for tensor in wanted:
+        for k, name in enumerate(tensor.ours):
+            holders.setdefault(name, []).append((tensor, k))
+    entries = []
+    for name, held in holders.items():
+        dtypes = {dtype_of(tensors, where[tensor.name]) for tensor, _ in held}
+        if len(dtypes) > 1 and dtype is None:
+            found = ", ".join(sorted(map(str, dtypes)))
+            raise AssayError(f"{held[0][0].name}: experts of one layer are {found}; name a dtype.")
+
+        def arrays(held=held):
+            parts = [(t, t.to_ours(np.asarray(tensors[where[t.name]]))[k]) for t, k in held]
+            return [part if t.expert is None else part[None] for t, part in parts]
+
+        kept = np.dtype(dtype or dtypes.pop())
+        entries.append(Entry(name, kept, shapes[name], arrays, held[0][0].name))
+    return entries
+
+
+def checked_names(
+    tensors: Mapping[str, np.ndarray], spec: TransformerSpec, family: str
+) -> dict[str, str]:
+    """Our table's name of every tensor -> its name in this checkpoint.
+
+    Raises:
+        AssayError: as `our_entries`.
+    """
+    wanted = layout(spec, family)
+    where = _locate(tensors, wanted, TABLES[family].prefix, spec)
+    for tensor in wanted:
+        check_dtype(tensor.name, dtype_of(tensors, where[tensor.name]))
+        _check_shape(tensor.name, shape_of(tensors, where[tensor.name]), tensor.shape)
+        tied = tensor.ours == ("embedding.table",) and HEAD in where and spec.head.tied
+        if tied and not np.array_equal(tensors[where[tensor.name]], tensors[HEAD]):
+            raise AssayError(
+                f"{HEAD}: differs from {tensor.name}, though tie_word_embeddings says they are one."
+            )
+    return where
+
+
 def iterate_theirs(
     named: Mapping[str, Array], spec: TransformerSpec, family: str | None = None
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Their tensors one by one, made of ours; each keeps the dtype that it has.
 
     Raises:
-        AssayError: if a parameter is missing, or has another shape than the spec's.
+        AssayError: as `their_entries`, or if a value is not finite.
     """
-    for tensor in layout(spec, family):
-        arrays = []
-        for name, shape in zip(tensor.ours, tensor.our_shapes, strict=True):
-            if name not in named:
-                raise AssayError(f"{name}: this parameter is missing.")
-            array = np.asarray(named[name])
-            if tensor.expert is not None and tensor.expert < len(array):
-                array = array[tensor.expert]
-            arrays.append(array)
-            _check_shape(name, array.shape, shape)
-        yield tensor.name, tensor.to_theirs(arrays)
+    for entry in their_entries(named, spec, family):
+        yield entry.name, entry.read()
 
 
 def iterate_ours(
@@ -311,35 +398,11 @@ def iterate_ours(
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Our parameters one by one, made of theirs; each keeps the dtype that it has.
 
-    A tensor is looked up in `tensors` once, so that a mapping may read it from a file then.
-    Names without the family's prefix (`h.0...` for `transformer.h.0...`) are understood.
-
     Raises:
-        AssayError: if a tensor is missing, unexpected, not of floats, not finite, or of another
-            shape; or if a tied head is there and is not the embedding.
+        AssayError: as `our_entries`, or if a value is not finite.
     """
-    family = known_family(family or family_of(spec))
-    wanted = layout(spec, family)
-    where = _locate(tensors, wanted, TABLES[family].prefix, spec)
-    counts = Counter(name for tensor in wanted for name in tensor.ours)
-    stacks: dict[str, list[np.ndarray]] = {}
-    for tensor in wanted:
-        array = np.asarray(tensors[where[tensor.name]])
-        _check_values(tensor.name, array)
-        _check_shape(tensor.name, array.shape, tensor.shape)
-        tied = tensor.ours == ("embedding.table",) and HEAD in where and spec.head.tied
-        if tied and not np.array_equal(array, np.asarray(tensors[HEAD])):
-            raise AssayError(
-                f"{HEAD}: differs from {tensor.name}, though tie_word_embeddings says they are one."
-            )
-        held = zip(tensor.ours, tensor.to_ours(array), strict=True)
-        if tensor.expert is None:
-            yield from held
-            continue
-        for name, one in held:  # a layer's experts follow one another: one array at a time
-            stacks.setdefault(name, []).append(one)
-            if len(stacks[name]) == counts[name]:
-                yield name, np.stack(stacks.pop(name))
+    for entry in our_entries(tensors, spec, family):
+        yield entry.name, entry.read()
 
 
 def to_huggingface(
@@ -373,9 +436,9 @@ def from_huggingface(
     if not isinstance(spec, TransformerSpec):
         family = family or model_type(architecture)
         spec = spec_from_config(architecture)
-    return {  # astype copies always: JAX on a CPU could otherwise share the source's memory
-        name: jnp.asarray(array.astype(np.float32))
-        for name, array in iterate_ours(tensors, spec, family)
+    return {
+        entry.name: jnp.asarray(entry.read())
+        for entry in our_entries(tensors, spec, family, "float32")
     }
 
 
@@ -413,49 +476,19 @@ def _check_shape(name: str, found: Shape, wanted: Shape) -> None:
         )
 
 
-def _check_values(name: str, array: np.ndarray) -> None:
-    if not jnp.issubdtype(array.dtype, jnp.floating):
-        raise AssayError(f"{name}: found {array.dtype}; quantised weights are not supported.")
-    if not np.isfinite(array).all():
-        raise AssayError(f"{name}: holds values that are not finite.")
-
-
 # ---------------------------------------------------------------------------- folders
 
 
-class SafetensorsFolder(Mapping):
-    """The tensors of a folder, sharded or not, each read from its file when it is asked for."""
+def read_config(path: str | Path) -> dict[str, Any]:
+    """The config.json of a folder of theirs.
 
-    def __init__(self, path: str | Path):
-        path = Path(path)
-        index, single = path / "model.safetensors.index.json", path / "model.safetensors"
-        if index.is_file():
-            shards = _read_json(index).get("weight_map", {})
-            self._files = {name: path / Path(shard).name for name, shard in shards.items()}
-        elif single.is_file():
-            with _open(single) as file:
-                self._files = dict.fromkeys(file.keys(), single)
-        elif (path / "pytorch_model.bin").is_file():
-            raise AssayError(
-                f"{path}: holds only a pickle (pytorch_model.bin), which could run code; "
-                f"convert it to safetensors first."
-            )
-        else:
-            raise AssayError(f"{path}: there is no model.safetensors in this folder.")
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        path = self._files[name]
-        with _open(path) as file:
-            try:
-                return file.get_tensor(name)
-            except SafetensorError as error:
-                raise AssayError(f"{path}: {name} cannot be read ({error}).") from None
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._files)
-
-    def __len__(self) -> int:
-        return len(self._files)
+    Raises:
+        AssayError: if there is none, or it is no JSON object.
+    """
+    config = Path(path) / "config.json"
+    if not config.is_file():
+        raise AssayError(f"{path}: there is no config.json in this folder.")
+    return read_json(config)
 
 
 def load_folder(path: str | Path) -> tuple[TransformerSpec, dict[str, Array]]:
@@ -464,10 +497,7 @@ def load_folder(path: str | Path) -> tuple[TransformerSpec, dict[str, Array]]:
     Raises:
         AssayError: if a file is missing or damaged, or the model is not supported.
     """
-    config_path = Path(path) / "config.json"
-    if not config_path.is_file():
-        raise AssayError(f"{path}: there is no config.json in this folder.")
-    config = _read_json(config_path)
+    config = read_config(path)
     spec = spec_from_config(config)
     return spec, from_huggingface(SafetensorsFolder(path), spec, model_type(config))
 
@@ -478,73 +508,43 @@ def save_folder(
     spec: TransformerSpec,
     family: str | None = None,
     *,
-    shard_bytes: int = 5 * 2**30,
+    shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Writes config.json and safetensors, in float32; all of it or nothing.
 
     Raises:
         AssayError: if `path` exists, or no family can express the architecture.
     """
+    family = known_family(family or family_of(spec))
+    config = config_from_spec(spec, family) | {"dtype": "float32"}
+    with new_folder(path) as folder:
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        entries = their_entries(named, spec, family, "float32")
+        write_safetensors(folder, entries, shard_bytes=shard_bytes)
+
+
+@contextmanager
+def new_folder(path: str | Path) -> Iterator[Path]:
+    """A folder beside `path`, which takes its name where all went well, and else is removed.
+
+    Raises:
+        AssayError: if `path` exists, or no folder can be made there.
+    """
     path = Path(path)
     if path.exists():
         raise AssayError(f"{path}: already exists; nothing was written.")
-    family = known_family(family or family_of(spec))
-    config = config_from_spec(spec, family) | {"dtype": "float32"}
-    unfinished = path.with_name(path.name + ".unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
     try:
-        (unfinished / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        _save_shards(unfinished, named, spec, family, shard_bytes)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    except OSError as error:
+        raise AssayError(f"{path}: cannot be written ({error.strerror or error}).") from None
+    try:
+        yield unfinished
+        unfinished.chmod(0o755)
         os.rename(unfinished, path)
+    except OSError as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise AssayError(f"{path}: cannot be written ({error.strerror or error}).") from None
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
-
-
-def _save_shards(path: Path, named, spec, family: str, shard_bytes: int) -> None:
-    """Fills one file after the other, so that no more than one is held in memory."""
-    shards: list[list[str]] = [[]]
-    size = 0
-    for tensor in layout(spec, family):
-        nbytes = 4 * int(np.prod(tensor.shape))
-        if shards[-1] and size + nbytes > shard_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(tensor.name)
-        size += nbytes
-    count = len(shards)
-    files = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
-    if count == 1:
-        files = ["model.safetensors"]
-    stream, total = iterate_theirs(named, spec, family), 0
-    for file, names in zip(files, shards, strict=True):
-        tensors = {
-            name: array.astype(np.float32) for name, (_, array) in zip(names, stream, strict=False)
-        }
-        total += sum(array.nbytes for array in tensors.values())
-        save_file(tensors, path / file, metadata={"format": "pt"})
-    if count > 1:
-        weight_map = {
-            name: file for file, names in zip(files, shards, strict=True) for name in names
-        }
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        text = json.dumps(index, indent=2) + "\n"
-        (path / "model.safetensors.index.json").write_text(text)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text())
-    except (ValueError, UnicodeDecodeError) as error:
-        raise AssayError(f"{path}: is not JSON ({error}).") from None
-    if not isinstance(data, dict):
-        raise AssayError(f"{path}: holds no JSON object.")
-    return data
-
-
-def _open(path: Path):
-    try:
-        return safe_open(path, framework="numpy")
-    except (SafetensorError, OSError) as error:
-        raise AssayError(f"{path}: cannot be read as safetensors ({error}).") from None
