@@ -13,8 +13,8 @@ alone, and never needs a model.
     smallest_difference(seeds, deviation, alpha=, chance=, comparisons=) -> float
     deviation_interval(deviation, seeds) -> low, high               how rough a pilot's figure is
 
-`curves.py` has `curve_features(tokens[P], loss[P])`: slope, floor, smoothness;
-`scaling.py` fits of runs (params N, tokens D, FLOPs C, loss), and what they say at a
+`curves.py`: `features_of(curves)` of a row is its entry of `features`;
+`scaling.py`: `study(ladders, target_flops)` is `scaling`, fits and what they say at a
 budget. An interval's end that is infinite is None here, since JSON has no infinity.
 
 Units: loss nats a token, bpb bits a UTF-8 byte, FLOPs of the matrix products of training as
