@@ -628,7 +628,9 @@ def computing(model: Transformer, compute: ComputeSpec) -> Transformer:
     """The same arrays, computed in another dtype; layers stay stacked or not as they are."""
     graph, state = nnx.split(model)
     other = nnx.merge(graph, state)
-    other.compute = model.compute.replace(dtype=compute.dtype, remat=compute.remat)
+    for stack in (other, other.encoder):
+        if stack is not None:
+            stack.compute = model.compute.replace(dtype=compute.dtype, remat=compute.remat)
     return other
 
 

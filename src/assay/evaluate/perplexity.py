@@ -40,8 +40,9 @@ class Part(Protocol):
 class ScoredBatches(Protocol):
     """What is evaluated: `assay.data.loader.evaluation_batches` gives one.
 
-    Each batch has `tokens` and `targets` int32 [B, T], `weights` float32 [B, T] (0 or 1), and
-    perhaps `segment_ids` and `positions` int32 [B, T]. Over all of them, every token has weight
+    Each batch has `tokens` and `targets` int32 [B, T], `weights` float32 [B, T] (0 or 1), perhaps
+    `segment_ids` and `positions` int32 [B, T], and for an encoder `source` int32 [B, S] and
+    `source_mask` bool [B, S]. Over all of them, every token has weight
     1 once, but `unscored` ones that are in none.
     """
 
@@ -120,6 +121,8 @@ def row_losses(model: Transformer, batch: dict[str, Array]) -> Float32[Array, "b
     """Nats of the weighted targets of each row. `batch` as `ScoredBatches` says."""
     logits = model(
         batch["tokens"],
+        source=batch.get("source"),
+        source_mask=batch.get("source_mask"),
         positions=batch.get("positions"),
         segment_ids=batch.get("segment_ids"),
     )

@@ -5,19 +5,19 @@ Axes: B batch, T queries, S keys, D model, H heads, K kv heads, G = H / K, C hea
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Float32, Int32, Key
+from jaxtyping import Array, Bool, Float, Float32, Int32, Key
 
 from assay.model.cache import LayerCache
 from assay.model.layers import Linear, Norm, dropout, use_cpu_kernels
-from assay.model.positions import rope_tables, rotate
+from assay.model.positions import relative_bias, rope_tables, rotate
 from assay.model.sharding import constrain
-from assay.spec.model import AttentionSpec, Rope, WeightInit
+from assay.spec.model import AttentionSpec, RelativeBias, Rope, WeightInit
 from assay.spec.run import ComputeSpec
 
 HIDDEN = -1e30
@@ -26,10 +26,27 @@ HIDDEN = -1e30
 
 @dataclass(frozen=True)
 class Geometry:
-    """What every layer of one forward shares: masks by window, and rotations by kind."""
+    """What every layer of one forward shares.
+
+    Masks by window, rotations by kind, biases of each head by kind; and the mask of the source.
+    """
 
     biases: dict[int | None, Float32[Array, "*b t s"]]
     rotations: dict[tuple[Rope, int], tuple[Array, Array]]
+    by_head: dict[RelativeBias, Float32[Array, "#b h t s"]] = field(default_factory=dict)
+    source: Float32[Array, "r 1 1 s"] | None = None
+
+    def bias(self, attention: AttentionSpec) -> Float32[Array, "..."]:
+        """What is added to the scores of an attention."""
+        bias = self.biases[attention.window]
+        if attention.positions not in self.by_head:
+            return bias
+        return self.by_head[attention.positions] + bias.reshape((-1, 1, *bias.shape[-2:]))
+
+
+def hide(mask: Bool[Array, "..."]) -> Float32[Array, "..."]:
+    """A bias: 0 where the mask is True, `HIDDEN` elsewhere."""
+    return jnp.where(mask, 0.0, HIDDEN).astype(jnp.float32)
 
 
 def geometry(
@@ -39,19 +56,23 @@ def geometry(
     *,
     causal: bool,
     segment_ids: Int32[Array, "b t"] | None = None,
+    mask: Bool[Array, "b t"] | None = None,
     slots: int | None = None,
+    relative: Float[Array, "n h"] | None = None,
+    source_mask: Bool[Array, "r s"] | None = None,
 ) -> Geometry:
-    """Masks and rotations for queries at `positions`.
+    """Masks, rotations and biases for queries at `positions`.
 
     Keys stand at the queries' own positions, or, with a cache, at its `slots` 0 ... S-1. With
     `segment_ids` a token sees only its own segment; `positions` may then restart in each, since
-    order is taken from the place in the row.
+    order is taken from the place in the row. Keys where `mask` is False are seen by nobody.
+    `relative` is the stack's table of relative positions.
     """
     seats = positions if segment_ids is None else jnp.arange(positions.shape[-1])
     keys = seats if slots is None else jnp.arange(slots)
     keys = keys.reshape((1,) * (seats.ndim - keys.ndim) + keys.shape)
     behind = seats[..., :, None] - keys[..., None, :]  # how far a key lies behind its query
-    biases, rotations = {}, {}
+    biases, rotations, by_head = {}, {}, {}
     for attention in attentions:
         window = attention.window
         if window not in biases:
@@ -60,13 +81,18 @@ def geometry(
                 seen = seen & (behind < window) & (behind > -window)
             if segment_ids is not None:
                 seen = seen[None] & (segment_ids[:, :, None] == segment_ids[:, None, :])
-            bias = jnp.where(seen, 0.0, HIDDEN).astype(jnp.float32)
+            if mask is not None:
+                seen = (seen if seen.ndim == 3 else seen[None]) & mask[:, None, :]
+            bias = hide(seen)
             biases[window] = bias if bias.ndim == 2 else bias[:, None]
         rope = attention.positions
         if rope.kind == "rope":
             width = attention.width(d_model)
             rotations[rope, width] = rope_tables(positions, width, rope)
-    return Geometry(biases, rotations)
+        elif rope.kind == "relative" and rope not in by_head:
+            by_head[rope] = relative_bias(behind, relative, rope, causal=causal)
+    source = None if source_mask is None else hide(source_mask)[:, None, None, :]
+    return Geometry(biases, rotations, by_head, source)
 
 
 def attend(
@@ -83,9 +109,12 @@ def attend(
 ) -> Float[Array, "b t h c"]:
     """softmax(q k^T scale + bias) v, the softmax in float32 (arXiv:1706.03762, section 3.2.1).
 
-    `bias` is (T, S) or (B, 1, T, S). Each kv head serves H / K query heads.
+    `bias` is (T, S), or (B, 1 or H, T or 1, S) where B may be 1. Each kv head serves H / K query
+    heads.
     """
     b, t, h, c = q.shape
+    if bias.ndim != 4:
+        bias = bias.reshape((-1, 1, *bias.shape[-2:]))
     groups = h // k.shape[2]
     if cpu and softcap is None and (key is None or dropout_rate == 0.0) and t > 1:
         k, v = (jnp.repeat(x, groups, axis=2) if groups > 1 else x for x in (k, v))
@@ -94,7 +123,10 @@ def attend(
     scores = jnp.einsum("btkgc,bskc->bkgts", q, k, preferred_element_type=jnp.float32) * scale
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
-    scores = scores + bias.reshape((-1, 1, 1, *bias.shape[-2:]))
+    if bias.shape[1] == 1:
+        scores = scores + bias[:, :, None]
+    else:
+        scores = scores + bias.reshape((-1, h // groups, groups, *bias.shape[-2:]))
     weights = dropout(jax.nn.softmax(scores, axis=-1), dropout_rate, key).astype(q.dtype)
     return jnp.einsum("bkgts,bskc->btkgc", weights, v).reshape(b, t, h, c)
 
@@ -107,31 +139,38 @@ def _cpu_attend(q, k, v, bias, scale):
 def _cpu_attend_forward(q, k, v, bias, scale):
     # The layout (B, T, H, C) is kept throughout: XLA's CPU products are slow on any other.
     scores = jnp.einsum("bthc,bshc->bhts", q, k, preferred_element_type=jnp.float32)
-    scores = scores * scale + bias.reshape((-1, 1, *bias.shape[-2:]))
+    scores = scores * scale + bias
     weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
     out = jnp.einsum("bhts,bshc->bthc", weights, v)
-    return out, (q, k, v, weights, out)
+    return out, (q, k, v, bias, weights, out)
 
 
 def _cpu_attend_backward(scale, saved, g):
-    q, k, v, weights, out = saved
+    q, k, v, bias, weights, out = saved
     g = jax.lax.optimization_barrier(g)
     f32 = jnp.float32
     d_weights = jnp.einsum("bthc,bshc->bhts", g, v)
     row = jnp.sum(g.astype(f32) * out.astype(f32), axis=-1).swapaxes(1, 2)[..., None]
-    d_scores = weights.astype(f32) * (d_weights.astype(f32) - row) * scale
-    d_scores = jax.lax.optimization_barrier(d_scores.astype(q.dtype))
+    d_scores = weights.astype(f32) * (d_weights.astype(f32) - row)
+    d_bias = None
+    if bias.shape[1] > 1:  # of a trained table; a mask has no gradient
+        broadcast = [axis for axis, size in enumerate(bias.shape) if size == 1]
+        d_bias = jnp.sum(d_scores, axis=tuple(broadcast), keepdims=True)
+    d_scores = jax.lax.optimization_barrier((d_scores * scale).astype(q.dtype))
     dq = jnp.einsum("bhts,bshc->bthc", d_scores, k)
     dk = jnp.einsum("bhts,bthc->bshc", d_scores, q)
     dv = jnp.einsum("bhts,bthc->bshc", weights, g)
-    return dq, dk, dv, None
+    return dq, dk, dv, d_bias
 
 
 _cpu_attend.defvjp(_cpu_attend_forward, _cpu_attend_backward)
 
 
 class Attention(nnx.Module):
-    """Multi-head attention with grouped keys and values, (B, T, D) -> (B, T, D)."""
+    """Multi-head attention with grouped keys and values, (B, T, D) -> (B, T, D).
+
+    Called, it reads its own input; `read` is cross-attention, of another's keys and values.
+    """
 
     def __init__(
         self,
@@ -143,6 +182,7 @@ class Attention(nnx.Module):
         residual_init: WeightInit,
         residual_scale: float,
         compute: ComputeSpec,
+        query_init: WeightInit | None = None,
     ):
         self.spec = spec
         self.cpu = use_cpu_kernels(compute)
@@ -151,7 +191,8 @@ class Attention(nnx.Module):
         wide, narrow = spec.heads * self.width, spec.num_kv_heads * self.width
         keys = jax.random.split(key, 4)
         qkv = {"init": init, "bias": spec.qkv_bias, "compute": compute}
-        self.q = Linear(keys[0], d_model, wide, axes=("embed", "heads"), **qkv)
+        queries = qkv | {"init": query_init or init}
+        self.q = Linear(keys[0], d_model, wide, axes=("embed", "heads"), **queries)
         self.k = Linear(keys[1], d_model, narrow, axes=("embed", "kv_heads"), **qkv)
         self.v = Linear(keys[2], d_model, narrow, axes=("embed", "kv_heads"), **qkv)
         self.o = Linear(
@@ -177,31 +218,66 @@ class Attention(nnx.Module):
         key: Key[Array, ""] | None = None,
     ) -> tuple[Float[Array, "b t d"], LayerCache | None]:
         """The output, and the cache with these tokens in it where one was given."""
-        spec = self.spec
-        q, k, v = self.q(x), self.k(x), self.v(x)
-        if spec.qk_norm is not None and spec.qk_norm.over == "projection":
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = (y.reshape(*y.shape[:2], -1, self.width) for y in (q, k, v))
-        # No head lies on two devices, even where their number does not divide.
-        q = constrain(q, "batch", None, "heads", None)
-        k, v = (constrain(y, "batch", None, "kv_heads", None) for y in (k, v))
-        if spec.qk_norm is not None and spec.qk_norm.over == "head":
-            q, k = self.q_norm(q), self.k_norm(k)
+        spec, q = self.spec, self.queries(x)
+        k, v = self.keys_values(x)
         if spec.positions.kind == "rope":
             cos, sin = geometry.rotations[spec.positions, self.width]
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
             cache = cache.append(k, v)
             k, v = cache.keys.astype(q.dtype), cache.values.astype(q.dtype)
-        y = attend(
+        y = self._attend(q, k, v, geometry.bias(spec), key)
+        return self.o(y.reshape(*y.shape[:2], -1)), cache
+
+    def read(
+        self,
+        x: Float[Array, "b t d"],
+        source: tuple[Float[Array, "r s k c"], Float[Array, "r s k c"]],
+        bias: Float32[Array, "r 1 1 s"],
+        key: Key[Array, ""] | None = None,
+    ) -> Float[Array, "b t d"]:
+        """Cross-attention to the keys and values that `keys_values` made of a source.
+
+        Where there are fewer sources than rows, each serves B / R rows that follow one another.
+        """
+        q, (k, v) = self.queries(x), (y.astype(x.dtype) for y in source)
+        # Rows of one source are so many more queries: nothing is repeated.
+        folded = q.reshape(k.shape[0], -1, *q.shape[2:])
+        y = self._attend(folded, k, v, bias, key)
+        return self.o(y.reshape(*x.shape[:2], -1))
+
+    def queries(self, x: Float[Array, "b t d"]) -> Float[Array, "b t h c"]:
+        return self._heads(self.q(x), "heads", self.q_norm)
+
+    def keys_values(
+        self, x: Float[Array, "b s d"]
+    ) -> tuple[Float[Array, "b s k c"], Float[Array, "b s k c"]]:
+        return (
+            self._heads(self.k(x), "kv_heads", self.k_norm),
+            self._heads(self.v(x), "kv_heads", None),
+        )
+
+    def _heads(
+        self, y: Float[Array, "b t n"], axis: str, norm: Norm | None
+    ) -> Float[Array, "b t h c"]:
+        """A projection cut into heads, its norm before or after."""
+        over = None if norm is None else self.spec.qk_norm.over
+        if over == "projection":
+            y = norm(y)
+        y = y.reshape(*y.shape[:2], -1, self.width)
+        # No head lies on two devices, even where their number does not divide.
+        y = constrain(y, "batch", None, axis, None)
+        return norm(y) if over == "head" else y
+
+    def _attend(self, q, k, v, bias, key) -> Float[Array, "b t h c"]:
+        return attend(
             q,
             k,
             v,
-            geometry.biases[spec.window],
+            bias,
             scale=self.scale,
-            softcap=spec.softcap,
-            dropout_rate=spec.dropout,
+            softcap=self.spec.softcap,
+            dropout_rate=self.spec.dropout,
             key=key,
             cpu=self.cpu,
         )
-        return self.o(y.reshape(*y.shape[:2], -1)), cache

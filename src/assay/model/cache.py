@@ -1,15 +1,17 @@
 """The key-value cache: arrays of fixed size, so that decoding never recompiles.
 
+The keys and values that cross-attention makes of a source never grow: they are made once.
+
 Slot s of a row holds the key and value of the token at position s. `lengths` counts the valid
 slots of each row; what lies behind is never read, because a query only sees slots up to its own
 position.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Bool, Float, Int32
 
 from assay.spec.model import TransformerSpec
 
@@ -35,11 +37,25 @@ class LayerCache:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
+class SourceCache:
+    """(keys, values) of the source [R, S, K, C] for each layer with cross-attention, else None.
+
+    `mask` is True where a source token is real. Each of the R rows may serve several rows of the
+    decoder that follow one another: the beams of one source.
+    """
+
+    layers: tuple[tuple[Float[Array, "r s k c"], Float[Array, "r s k c"]] | None, ...]
+    mask: Bool[Array, "r s"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class Cache:
-    """The caches of all layers (None where a layer has no attention)."""
+    """The caches of all layers (None where a layer has no attention), and of the source."""
 
     layers: tuple[LayerCache | None, ...]
     lengths: Int32[Array, "b"]
+    source: SourceCache | None = None
 
     @property
     def capacity(self) -> int | None:
@@ -51,13 +67,16 @@ class Cache:
         layers = tuple(
             layer and LayerCache(layer.keys, layer.values, lengths) for layer in self.layers
         )
-        return Cache(layers, lengths)
+        return replace(self, layers=layers, lengths=lengths)
 
 
 def empty_cache(
     spec: TransformerSpec, batch: int, capacity: int, dtype: jnp.dtype | str = jnp.float32
 ) -> Cache:
-    """A cache with no tokens in it, for `batch` rows of at most `capacity` tokens."""
+    """A cache with no tokens in it, for `batch` rows of at most `capacity` tokens.
+
+    Of an encoder-decoder it holds no source yet: the first call that is given one puts it there.
+    """
     lengths = jnp.zeros((batch,), jnp.int32)
 
     def layer(attention) -> LayerCache | None:

@@ -1,4 +1,4 @@
-"""Where a token stands: sinusoidal tables and rotary angles, always in float32.
+"""Where a token stands: sinusoidal tables, rotary angles, relative biases, always in float32.
 
 In bfloat16, positions past 256 would collide.
 """
@@ -6,9 +6,10 @@ In bfloat16, positions past 256 would collide.
 import math
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32, Int32
+import numpy as np
+from jaxtyping import Array, Float, Float32, Int, Int32
 
-from assay.spec.model import Rope
+from assay.spec.model import RelativeBias, Rope
 
 
 def _angles(
@@ -84,3 +85,34 @@ def rotate(
         cos, sin = cos[None], sin[None]
     cos, sin = cos[:, :, None, :], sin[:, :, None, :]
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+def distance_buckets(spec: RelativeBias, *, causal: bool) -> Int32[np.ndarray, "n"]:
+    """The bucket of each distance from 0 to `max_distance`, which stands for all beyond.
+
+    The arithmetic is T5's, in float32: the border between two buckets is where it rounds to.
+    """
+    buckets = spec.buckets if causal else spec.buckets // 2
+    exact = buckets // 2
+    distance = np.arange(spec.max_distance + 1)
+    share = np.log(np.maximum(distance, 1).astype(np.float32) / np.float32(exact))
+    share = share / np.float32(math.log(spec.max_distance / exact)) * np.float32(buckets - exact)
+    wide = np.minimum(exact + share.astype(np.int32), buckets - 1)
+    return np.where(distance < exact, distance, wide).astype(np.int32)
+
+
+def relative_bias(
+    behind: Int[Array, "*b t s"], table: Float[Array, "n h"], spec: RelativeBias, *, causal: bool
+) -> Float32[Array, "#b h t s"]:
+    """What is added to the scores, of how far each key lies behind its query (negative: ahead).
+
+    (T, S) gives (1, H, T, S), and (B, T, S) gives (B, H, T, S).
+    """
+    of_distance = jnp.asarray(distance_buckets(spec, causal=causal))
+    if causal:
+        bucket = of_distance[jnp.clip(behind, 0, spec.max_distance)]
+    else:
+        bucket = of_distance[jnp.minimum(jnp.abs(behind), spec.max_distance)]
+        bucket = bucket + jnp.where(behind < 0, spec.buckets // 2, 0)
+    bias = jnp.moveaxis(table.astype(jnp.float32)[bucket], -1, -3)
+    return bias if bias.ndim == 4 else bias[None]

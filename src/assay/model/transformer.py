@@ -1,11 +1,12 @@
 """The model: embedding, blocks, head. It reads as the paper, and branches while it is built.
 
-Axes: B batch, T tokens, D model, V vocabulary.
+Axes: B batch, T tokens, R rows of the source (B, or fewer in beam search), S source tokens,
+D model, V vocabulary.
 """
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import jax
@@ -15,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int32, Key
 
 from assay.errors import AssayError, did_you_mean
 from assay.model.attention import Attention, Geometry, geometry
-from assay.model.cache import Cache, LayerCache
+from assay.model.cache import Cache, LayerCache, SourceCache
 from assay.model.layers import (
     Mlp,
     Norm,
@@ -28,23 +29,30 @@ from assay.model.layers import (
 from assay.model.moe import Moe, Routing
 from assay.model.positions import sinusoidal
 from assay.model.sharding import constant_parameter, constrain, parameter, table_rows
-from assay.spec.model import BlockSpec, InitSpec, TransformerSpec, ZeroInit
+from assay.spec.model import (
+    BlockSpec,
+    EmbeddingSpec,
+    InitSpec,
+    StackSpec,
+    TransformerSpec,
+    ZeroInit,
+)
 from assay.spec.run import ComputeSpec
 
 
 class Embedding(nnx.Module):
     """Tokens (and their places) to vectors."""
 
-    def __init__(self, key: Key[Array, ""], spec: TransformerSpec):
+    def __init__(self, key: Key[Array, ""], spec: TransformerSpec, embedding: EmbeddingSpec):
         token_key, position_key = jax.random.split(key)
         init = spec.init.embedding
         table_shape = (spec.padded_vocab, spec.d_model)
-        self.spec = spec.embedding
+        self.spec = embedding
         self.table = parameter(token_key, table_shape, ("vocab", "embed"), init)
-        learned = spec.embedding.positions.kind == "learned"
+        learned = embedding.positions.kind == "learned"
         shape = (spec.context, spec.d_model)
         self.positions = parameter(position_key, shape, (None, "embed"), init) if learned else None
-        self.norm = Norm(spec.d_model, spec.embedding.norm) if spec.embedding.norm else None
+        self.norm = Norm(spec.d_model, embedding.norm) if embedding.norm else None
 
     def __call__(
         self,
@@ -67,7 +75,7 @@ class Embedding(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Attention, then feed-forward, each with its norm and its residual."""
+    """Attention, cross-attention, feed-forward, each with its norm and its residual."""
 
     def __init__(
         self,
@@ -86,6 +94,8 @@ class Block(nnx.Module):
             "compute": compute,
         }
         attends, feeds = spec.attention is not None, spec.feed_forward is not None
+        crosses = spec.cross is not None
+        attention = how | {"query_init": init.query_init()}
         before, after = (
             spec.norm_position in ("pre", "both"),
             spec.norm_position in ("post", "both"),
@@ -98,9 +108,13 @@ class Block(nnx.Module):
         self.norm_after_sum = spec.norm_position == "post"
         self.attention_norm = norm(attends and before)
         self.attention = (
-            Attention(attention_key, d_model, spec.attention, **how) if attends else None
+            Attention(attention_key, d_model, spec.attention, **attention) if attends else None
         )
         self.attention_post_norm = norm(attends and after)
+        self.cross_norm = norm(crosses and before)
+        cross_key = jax.random.fold_in(key, 2)
+        self.cross = Attention(cross_key, d_model, spec.cross, **attention) if crosses else None
+        self.cross_post_norm = norm(crosses and after)
         self.feed_forward_norm = norm(feeds and before)
         layer = Moe if feeds and spec.feed_forward.kind == "moe" else Mlp
         self.feed_forward = (
@@ -115,15 +129,25 @@ class Block(nnx.Module):
         cache: LayerCache | None = None,
         key: Key[Array, ""] | None = None,
         *,
+        source: Float[Array, "r s d"] | tuple[Array, Array] | None = None,
         real: Bool[Array, "b t"] | None = None,
         train: bool = False,
     ) -> tuple[Float[Array, "b t d"], LayerCache | None, Routing | None]:
+        """`source` is the encoder's output, or the keys and values made of it before."""
         keys = (None,) * 3 if key is None else jax.random.split(key, 3)
         routing = None
         if self.attention is not None:
             y = x if self.attention_norm is None else self.attention_norm(x)
             y, cache = self.attention(y, geometry, cache, keys[0])
             x = self._add(x, y, self.attention_post_norm, keys[1])
+        if self.cross is not None:
+            weights_key, cross_key = (None,) * 2
+            if key is not None:
+                weights_key, cross_key = jax.random.split(jax.random.fold_in(key, 3))
+            y = x if self.cross_norm is None else self.cross_norm(x)
+            made = source if isinstance(source, tuple) else self.cross.keys_values(source)
+            y = self.cross.read(y, made, geometry.source, weights_key)
+            x = self._add(x, y, self.cross_post_norm, cross_key)
         if self.feed_forward is not None:
             y = x if self.feed_forward_norm is None else self.feed_forward_norm(x)
             if isinstance(self.feed_forward, Moe):
@@ -148,6 +172,7 @@ class Head(nnx.Module):
 
     def __init__(self, key: Key[Array, ""], spec: TransformerSpec, compute: ComputeSpec):
         shape = (spec.d_model, spec.padded_vocab)
+        self.scale = 1 / math.sqrt(spec.d_model) if spec.head.scale_by_inverse_sqrt_width else 1.0
         self.spec, self.cpu = spec.head, use_cpu_kernels(compute)
         tied, bias = spec.head.tied, spec.head.bias
         init = spec.init.head_init()
@@ -157,6 +182,8 @@ class Head(nnx.Module):
     def __call__(
         self, x: Float[Array, "b t d"], table: Float32[Array, "v d"]
     ) -> Float32[Array, "b t v"]:
+        if self.scale != 1.0:
+            x = x * self.scale
         if self.w is None:
             logits = product(x, table, transposed=True, cpu=self.cpu)
         else:
@@ -179,12 +206,116 @@ class Output:
     routing: tuple[Routing, ...]
 
 
-class Transformer(nnx.Module):
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Source:
+    """A source that was encoded: the encoder's output, and where its tokens are real."""
+
+    hidden: Float[Array, "r s d"]
+    mask: Bool[Array, "r s"]
+
+
+class Stack(nnx.Module):
+    """Blocks one after the other, the norm behind them, and the relative positions they share."""
+
+    def __init__(
+        self, key: Key[Array, ""], spec: TransformerSpec, stack: StackSpec, compute: ComputeSpec
+    ):
+        self.stack, self.compute = stack, compute
+        layers = [
+            Block(k, spec.d_model, block, spec.init, stack.num_layers, compute)
+            for k, block in zip(
+                jax.random.split(key, max(stack.num_layers, 1)), stack.blocks(), strict=False
+            )
+        ]
+        # Scanned: layer i of each period is stacked with its like; a last, broken period is not.
+        period, repeats, _ = stack_layout(stack, compute)
+        self.stacked = nnx.List(
+            jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers[i : repeats * period : period])
+            for i in range(period if repeats else 0)
+        )
+        self.layers = nnx.List(layers[repeats * period :])
+        self.final_norm = Norm(spec.d_model, stack.final_norm) if stack.final_norm else None
+        self.relative_bias = self._table(key, spec)
+
+    def _table(self, key: Key[Array, ""], spec: TransformerSpec) -> nnx.Param | None:
+        """A number for each bucket of distance and each head."""
+        if (relative := self.stack.relative()) is None:
+            return None
+        (positions, heads), table_key = relative, jax.random.fold_in(key, self.stack.num_layers)
+        return parameter(table_key, (positions.buckets, heads), (None, None), spec.init.weights)
+
+    def geometry(
+        self,
+        positions: Int32[Array, "*b t"],
+        d_model: int,
+        **options: Array | int | None,
+    ) -> Geometry:
+        """What the layers share; `options` are those of `attention.geometry`."""
+        table = None if self.relative_bias is None else self.relative_bias[...]
+        attentions = [block.attention for block in self.stack.pattern if block.attention]
+        return geometry(
+            attentions, d_model, positions, causal=self.stack.causal, relative=table, **options
+        )
+
+    def run(self, x, shared, cache, key, source=None, **experts):
+        """All layers and the norm: (B, T, D), the layers' caches, and what the routers did."""
+
+        def run(block, x, layer_cache, index, source):
+            layer_key = None if key is None else jax.random.fold_in(key, index)
+            x, layer_cache, routing = block(
+                x, shared, layer_cache, layer_key, source=source, **experts
+            )
+            return constrain(x, "batch", None, None), layer_cache, routing
+
+        if self.compute.remat == "block":
+            run = jax.checkpoint(run)
+        period, records = len(self.stacked), []
+        if period and cache is None:
+
+            def one_period(carry, blocks):
+                x, index = carry
+                routings = []
+                for i, block in enumerate(blocks):
+                    x, _, routing = run(block, x, None, index + i, source)
+                    routings.append(routing)
+                return (x, index + period), tuple(routings)
+
+            (x, _), stacks = jax.lax.scan(one_period, (x, jnp.int32(0)), tuple(self.stacked))
+            for r in range(stack_layout(self.stack, self.compute).repeats):
+                records += [jax.tree.map(lambda leaf, r=r: leaf[r], stack) for stack in stacks]
+            blocks = list(self.layers)
+        else:
+            blocks = list(self.unstacked_layers())
+        first = self.stack.num_layers - len(blocks)
+        sources = (source,) * self.stack.num_layers
+        if cache is not None and cache.source is not None:
+            sources = cache.source.layers
+        caches = cache.layers if cache is not None else (None,) * self.stack.num_layers
+        grown = []
+        for index, block in enumerate(blocks, start=first):
+            x, layer_cache, routing = run(block, x, caches[index], index, sources[index])
+            grown.append(layer_cache)
+            records.append(routing)
+        x = x if self.final_norm is None else self.final_norm(x)
+        return x, tuple(grown), tuple(record for record in records if record is not None)
+
+    def unstacked_layers(self):
+        """Every layer in order, whether they are kept stacked or not."""
+        if self.stacked:
+            for r in range(stack_layout(self.stack, self.compute).repeats):
+                for stack in self.stacked:
+                    yield jax.tree.map(lambda leaf, r=r: leaf[r], stack)
+        yield from self.layers
+
+
+class Transformer(Stack):
     """The architecture that a spec describes; a pytree that `jax.jit` takes.
 
-    `rngs` is an `nnx.Rngs` or a key. How it is computed (dtype, scan, kernels) is `compute`'s;
-    parameters are float32 always, and the same whatever `compute` says, but that scanned
-    layers are kept stacked.
+    It is the decoder's stack, with an embedding before it, a head behind it, and perhaps an
+    encoder whose output it reads. `rngs` is an `nnx.Rngs` or a key. How it is computed (dtype,
+    scan, kernels) is `compute`'s; parameters are float32 always, and the same whatever `compute`
+    says, but that scanned layers are kept stacked.
     """
 
     def __init__(
@@ -197,38 +328,33 @@ class Transformer(nnx.Module):
         compute = compute or ComputeSpec()
         key = rngs.params() if isinstance(rngs, nnx.Rngs) else rngs
         embedding_key, head_key, stack_key = jax.random.split(key, 3)
-        decoder = spec.decoder
-        self.spec, self.compute = spec, compute
-        self.embedding = Embedding(embedding_key, spec)
-        layers = [
-            Block(k, spec.d_model, block, spec.init, decoder.num_layers, compute)
-            for k, block in zip(
-                jax.random.split(stack_key, max(decoder.num_layers, 1)),
-                decoder.blocks(),
-                strict=False,
-            )
-        ]
-        # Scanned: layer i of each period is stacked with its like; a last, broken period is not.
-        period, repeats = layout(spec, compute)
-        self.stacked = nnx.List(
-            jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers[i : repeats * period : period])
-            for i in range(period if repeats else 0)
-        )
-        self.layers = nnx.List(layers[repeats * period :])
-        self.final_norm = Norm(spec.d_model, decoder.final_norm) if decoder.final_norm else None
+        encoder_key, source_key = jax.random.split(jax.random.fold_in(key, 3))
+        super().__init__(stack_key, spec, spec.decoder, compute)
+        self.spec = spec
+        self.embedding = Embedding(embedding_key, spec, spec.embedding)
+        own = spec.source_embedding
+        self.source_embedding = Embedding(source_key, spec, own) if own else None
+        self.encoder = Stack(encoder_key, spec, spec.encoder, compute) if spec.encoder else None
         self.head = Head(head_key, spec, compute) if spec.head else None
 
     def __call__(
         self,
         tokens: Int32[Array, "b t"],
         *,
+        source: Int32[Array, "b s"] | Source | None = None,
+        source_mask: Bool[Array, "b s"] | None = None,
         positions: Int32[Array, "b t"] | None = None,
         segment_ids: Int32[Array, "b t"] | None = None,
+        mask: Bool[Array, "b t"] | None = None,
         cache: Cache | None = None,
         key: Key[Array, ""] | None = None,
         train: bool = False,
     ) -> Float32[Array, "b t v"] | tuple[Float32[Array, "b t v"], Cache]:
         """Logits of the next token at every place; with a cache, also the cache grown by T.
+
+        `source` is what an encoder reads, its padding hidden by `source_mask` (True is real); or
+        what `encode` made of it. A cache keeps it, and further calls need none. `mask` hides
+        padding among the tokens, which only a stack that is not causal could see behind them.
 
         `key` turns dropout on. `segment_ids` keep packed documents apart, and `positions` then
         count within each. `train` has experts' capacity limits act, and with a key their
@@ -236,8 +362,11 @@ class Transformer(nnx.Module):
         """
         x, cache = self.hidden(
             tokens,
+            source=source,
+            source_mask=source_mask,
             positions=positions,
             segment_ids=segment_ids,
+            mask=mask,
             cache=cache,
             key=key,
             train=train,
@@ -257,41 +386,98 @@ class Transformer(nnx.Module):
         x, cache, _ = self._run(tokens, **options)
         return x, cache
 
+    def encode(
+        self,
+        source: Int32[Array, "b s"],
+        mask: Bool[Array, "b s"] | None = None,
+        *,
+        key: Key[Array, ""] | None = None,
+        train: bool = False,
+    ) -> Source:
+        """What the encoder makes of a source, to be read by any number of calls.
+
+        `mask` is True where a token is real (None: everywhere).
+        """
+        return self._encode(source, mask, key, train)[0]
+
+    def _encode(self, source, mask, key, train) -> tuple[Source, tuple[Routing, ...]]:
+        embedding = self.embedding if self.source_embedding is None else self.source_embedding
+        positions = jnp.arange(source.shape[1], dtype=jnp.int32)
+        x, key = self._embedded(embedding, source, positions, key)
+        shared = self.encoder.geometry(positions, self.spec.d_model, mask=mask)
+        x, _, routing = self.encoder.run(x, shared, None, key, real=mask, train=train)
+        if mask is None:
+            mask = jnp.ones(source.shape, bool)
+        return Source(x, mask), routing
+
+    def remember(self, source: Source, dtype: jnp.dtype | str) -> SourceCache:
+        """The keys and values of every cross-attention, made once for all decoding."""
+        layers = (block.cross for block in self.unstacked_layers())
+        made = (cross and cross.keys_values(source.hidden) for cross in layers)
+        kept = tuple(kv and tuple(y.astype(dtype) for y in kv) for kv in made)
+        return SourceCache(kept, source.mask)
+
+    def _embedded(self, embedding, tokens, positions, key):
+        """The first layer's input, and a key for the layers."""
+        embedding_key = stack_key = None
+        if key is not None:
+            embedding_key, stack_key = jax.random.split(key)
+        x = embedding(tokens, positions, embedding_key)
+        return constrain(x.astype(self.compute.dtype), "batch", None, None), stack_key
+
     def _run(
         self,
         tokens: Int32[Array, "b t"],
         *,
+        source: Int32[Array, "b s"] | Source | None = None,
+        source_mask: Bool[Array, "b s"] | None = None,
         positions: Int32[Array, "b t"] | None = None,
         segment_ids: Int32[Array, "b t"] | None = None,
+        mask: Bool[Array, "b t"] | None = None,
         cache: Cache | None = None,
         key: Key[Array, ""] | None = None,
         train: bool = False,
     ) -> tuple[Float[Array, "b t d"], Cache | None, tuple[Routing, ...]]:
-        spec = self.spec
+        self._check_source(source, source_mask, cache)
+        if mask is not None and cache is not None:
+            raise AssayError("mask: a cache has lengths instead; give one of the two.")
+        read = ()
+        if source is not None and not isinstance(source, Source):
+            source_key = None if key is None else jax.random.fold_in(key, 3)
+            source, read = self._encode(source, source_mask, source_key, train)
+        if cache is not None and source is not None:
+            cache = replace(cache, source=self.remember(source, _dtype(cache, self.compute)))
         if positions is None:
             positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)
             if cache is not None:
                 positions = cache.lengths[:, None] + positions[None]
-        embedding_key = stack_key = None
-        if key is not None:
-            embedding_key, stack_key = jax.random.split(key)
-        x = self.embedding(tokens, positions, embedding_key)
-        x = constrain(x.astype(self.compute.dtype), "batch", None, None)
-        shared = geometry(
-            [block.attention for block in spec.decoder.pattern if block.attention],
-            spec.d_model,
+        x, stack_key = self._embedded(self.embedding, tokens, positions, key)
+        held = cache.source if cache is not None else source
+        shared = self.geometry(
             positions,
-            causal=spec.decoder.causal,
+            self.spec.d_model,
             segment_ids=segment_ids,
+            mask=mask,
             slots=cache.capacity if cache is not None else None,
+            source_mask=None if held is None else held.mask,
         )
-        experts = {"train": train}
+        real = mask
         if train and segment_ids is not None:
-            experts["real"] = segment_ids != 0
-        x, layers, routing = self._run_layers(x, shared, cache, stack_key, experts)
+            real = segment_ids != 0
+        hidden = None if source is None else source.hidden
+        x, layers, routing = self.run(x, shared, cache, stack_key, hidden, real=real, train=train)
         if cache is not None:
-            cache = Cache(layers, cache.lengths + tokens.shape[1])
-        return x if self.final_norm is None else self.final_norm(x), cache, routing
+            cache = replace(cache, layers=layers, lengths=cache.lengths + tokens.shape[1])
+        return x, cache, read + routing
+
+    def _check_source(self, source, source_mask, cache) -> None:
+        if self.encoder is None and source is not None:
+            raise AssayError("source: the model has no encoder that would read it.")
+        held = cache is not None and cache.source is not None
+        if self.encoder is not None and source is None and not held:
+            raise AssayError("source: the model has an encoder, and needs one to read.")
+        if source_mask is not None and (source is None or isinstance(source, Source)):
+            raise AssayError("source_mask: it goes with the source's tokens, which are not given.")
 
     def logits(self, x: Float[Array, "b t d"]) -> Float32[Array, "b t v"]:
         """The head alone. Rows that only pad the vocabulary give no logit."""
@@ -299,47 +485,9 @@ class Transformer(nnx.Module):
             return x.astype(jnp.float32)
         return self.head(x, self.embedding.table[...])[..., : self.spec.vocab_size]
 
-    def _run_layers(self, x, shared, cache, key, experts):
-        def run(block, x, layer_cache, index):
-            layer_key = None if key is None else jax.random.fold_in(key, index)
-            x, layer_cache, routing = block(x, shared, layer_cache, layer_key, **experts)
-            return constrain(x, "batch", None, None), layer_cache, routing
 
-        if self.compute.remat == "block":
-            run = jax.checkpoint(run)
-        period, records = len(self.stacked), []
-        if period and cache is None:
-
-            def one_period(carry, blocks):
-                x, index = carry
-                routings = []
-                for i, block in enumerate(blocks):
-                    x, _, routing = run(block, x, None, index + i)
-                    routings.append(routing)
-                return (x, index + period), tuple(routings)
-
-            (x, _), stacks = jax.lax.scan(one_period, (x, jnp.int32(0)), tuple(self.stacked))
-            for r in range(layout(self.spec, self.compute).repeats):
-                records += [jax.tree.map(lambda leaf, r=r: leaf[r], stack) for stack in stacks]
-            blocks = list(self.layers)
-        else:
-            blocks = list(self.unstacked_layers())
-        first = self.spec.decoder.num_layers - len(blocks)
-        caches = cache.layers if cache is not None else (None,) * self.spec.decoder.num_layers
-        grown = []
-        for index, block in enumerate(blocks, start=first):
-            x, layer_cache, routing = run(block, x, caches[index], index)
-            grown.append(layer_cache)
-            records.append(routing)
-        return x, tuple(grown), tuple(record for record in records if record is not None)
-
-    def unstacked_layers(self):
-        """Every layer in order, whether they are kept stacked or not."""
-        if self.stacked:
-            for r in range(layout(self.spec, self.compute).repeats):
-                for stack in self.stacked:
-                    yield jax.tree.map(lambda leaf, r=r: leaf[r], stack)
-        yield from self.layers
+def _dtype(cache: Cache, compute: ComputeSpec) -> jnp.dtype | str:
+    return next((layer.keys.dtype for layer in cache.layers if layer), compute.dtype)
 
 
 def abstract(spec: TransformerSpec, compute: ComputeSpec | None = None) -> Transformer:
@@ -361,35 +509,51 @@ def named_parameters(model: Transformer) -> dict[str, Array]:
 
 
 class Layout(NamedTuple):
-    """How layers are kept: `repeats` of each of the `period` stacked ones, the rest by itself."""
+    """How layers are kept: `repeats` of each of the `period` stacked ones, the rest by itself.
+
+    `encoder` is the same of an encoder's, whose names begin with `encoder`.
+    """
 
     period: int
     repeats: int
+    encoder: "Layout | None" = None
+
+    def layer(self, path: tuple) -> tuple["Layout", tuple, tuple]:
+        """The layout that a path is of, the path's prefix, and the path within the stack."""
+        if self.encoder is not None and path[0] == "encoder":
+            return self.encoder, path[:1], path[1:]
+        return self, (), path
 
 
 def layout(spec: TransformerSpec, compute: ComputeSpec) -> Layout:
-    period = len(spec.decoder.pattern)
+    encoder = stack_layout(spec.encoder, compute) if spec.encoder else None
+    return stack_layout(spec.decoder, compute)._replace(encoder=encoder)
+
+
+def stack_layout(stack: StackSpec, compute: ComputeSpec) -> Layout:
+    period = len(stack.pattern)
     if not compute.scan_layers or period == 0:
         return Layout(0, 0)
-    return Layout(period, spec.decoder.num_layers // period)
+    return Layout(period, stack.num_layers // period)
 
 
 def name_leaves(tree: dict, layout: Layout) -> dict[str, Array]:
     """The leaves of a pure dict in the parameters' form (gradients, say), named by layer."""
     named = {}
     for path, leaf in nnx.traversals.flatten_mapping(tree).items():
-        if path[0] == "stacked":
-            for r in range(layout.repeats):
-                named[_layer_name(r * layout.period + path[1], path)] = _entry(leaf, r)
-        elif path[0] == "layers":
-            named[_layer_name(layout.period * layout.repeats + path[1], path)] = leaf
+        (period, repeats, _), prefix, inner = layout.layer(path)
+        if inner[0] == "stacked":
+            for r in range(repeats):
+                named[_layer_name(prefix, r * period + inner[1], inner)] = _entry(leaf, r)
+        elif inner[0] == "layers":
+            named[_layer_name(prefix, period * repeats + inner[1], inner)] = leaf
         else:
             named[".".join(map(str, path))] = leaf
     return named
 
 
-def _layer_name(layer: int, path: tuple) -> str:
-    return ".".join(map(str, ("layers", layer, *path[2:])))
+def _layer_name(prefix: tuple, layer: int, path: tuple) -> str:
+    return ".".join(map(str, (*prefix, "layers", layer, *path[2:])))
 
 
 def _entry(leaf, r: int):
@@ -432,11 +596,12 @@ def unname(like: dict, named: Mapping[str, Array], layout: Layout) -> dict:
     """A tree of `like`'s form (stacked or not) with the named arrays: the inverse of naming."""
 
     def pick(path):
-        if path[0] == "stacked":
-            layers = range(path[1], layout.period * layout.repeats, layout.period)
-            return jnp.stack([named[_layer_name(layer, path)] for layer in layers])
-        if path[0] == "layers":
-            return jnp.asarray(named[_layer_name(layout.period * layout.repeats + path[1], path)])
+        (period, repeats, _), prefix, inner = layout.layer(path)
+        if inner[0] == "stacked":
+            layers = range(inner[1], period * repeats, period)
+            return jnp.stack([named[_layer_name(prefix, layer, inner)] for layer in layers])
+        if inner[0] == "layers":
+            return jnp.asarray(named[_layer_name(prefix, period * repeats + inner[1], inner)])
         return jnp.asarray(named[".".join(map(str, path))])
 
     flat = nnx.traversals.flatten_mapping(like)

@@ -6,6 +6,9 @@ What is counted:
   embedding's look-up are free. Attention's two products are counted as the program computes
   them: every query against all T keys, masked or outside a window alike (`scores="computed"`),
   or only against the keys it may see (`scores="needed"`: about half of T in a causal stack).
+- **With an encoder** a token is one of the target's, and carries its share of the source: a
+  source of S tokens is read once for T target tokens, so each counts S / T of the encoder and of
+  the keys and values that cross-attention makes of its output. Cross-attention is attention.
 - **Training** is three times forward: each product has two in its backward pass.
 - **Active** parameters are those that one token meets; they differ from the total only where a
   token is routed.
@@ -13,11 +16,12 @@ What is counted:
 Both are checked: the parameters against the real arrays, the FLOPs against XLA's own count
 (`tests/spec/test_accounting.py`).
 
-Axes: D model, H heads, K kv heads, C head width, F hidden, V vocabulary (padded), T tokens.
+Axes: D model, H heads, K kv heads, C head width, F hidden, V vocabulary (padded), T tokens,
+S source tokens.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
@@ -93,18 +97,34 @@ def parameters(spec: TransformerSpec) -> Parameters:
 
 
 def flops_per_token(
-    spec: TransformerSpec, seq_len: int | None = None, *, scores: Scores = "computed"
+    spec: TransformerSpec,
+    seq_len: int | None = None,
+    *,
+    scores: Scores = "computed",
+    source_len: int | None = None,
 ) -> Flops:
-    """FLOPs a token, averaged over a sequence of `seq_len` tokens (None: `spec.context`)."""
+    """FLOPs a token, averaged over a sequence of `seq_len` tokens (None: `spec.context`).
+
+    `source_len` is that of the source, where there is an encoder (None: as `seq_len`).
+    """
+    seq_len = seq_len or spec.context
     parts = dict.fromkeys(PARTS, 0)
-    for part, flops in _flop_counts(spec, seq_len or spec.context, scores):
+    for part, flops in _flop_counts(spec, seq_len, source_len or seq_len, scores):
         parts[part] += flops
-    return Flops(parts)
+    return Flops({part: round(flops) for part, flops in parts.items()})
 
 
-def training_flops(spec: TransformerSpec, tokens: int, seq_len: int | None = None) -> int:
+def run_flops_per_token(run: RunSpec) -> Flops:
+    """FLOPs a token at the lengths that a run trains at."""
+    data = run.data
+    return flops_per_token(run.model, data.seq_len, source_len=data.room_for_source)
+
+
+def training_flops(
+    spec: TransformerSpec, tokens: int, seq_len: int | None = None, source_len: int | None = None
+) -> int:
     """FLOPs of training on `tokens` tokens in sequences of `seq_len`, as the program computes."""
-    return tokens * flops_per_token(spec, seq_len).train
+    return tokens * flops_per_token(spec, seq_len, source_len=source_len).train
 
 
 def planned_steps(run: RunSpec) -> int | None:
@@ -116,7 +136,7 @@ def planned_steps(run: RunSpec) -> int | None:
         case "tokens":
             return math.ceil(budget.amount / tokens)
         case "flops":
-            return math.ceil(budget.amount / training_flops(run.model, tokens, run.data.seq_len))
+            return math.ceil(budget.amount / (run_flops_per_token(run).train * tokens))
     return None
 
 
@@ -125,11 +145,16 @@ def kv_bytes_per_token(spec: TransformerSpec, dtype: str = "float32") -> int:
 
     A sliding window saves none: its layer's cache is as long as the others'.
     """
-    widths = (
-        2 * block.attention.num_kv_heads * block.attention.width(spec.d_model)
-        for block in spec.decoder.blocks()
-        if block.attention is not None
-    )
+    return _cached_bytes((b.attention for b in spec.decoder.blocks()), spec.d_model, dtype)
+
+
+def kv_bytes_per_source_token(spec: TransformerSpec, dtype: str = "float32") -> int:
+    """Bytes that a source token takes in the cache of cross-attention, all layers together."""
+    return _cached_bytes((b.cross for b in spec.decoder.blocks()), spec.d_model, dtype)
+
+
+def _cached_bytes(attentions: Iterable[AttentionSpec | None], d: int, dtype: str) -> int:
+    widths = (2 * one.num_kv_heads * one.width(d) for one in attentions if one is not None)
     return BYTES[dtype] * sum(widths)
 
 
@@ -141,8 +166,12 @@ def part_of(name: str) -> str:
     path = name.split(".")
     if any(step.endswith("norm") for step in path):
         return "norms"
-    if name == "embedding.positions":
+    if path[-1] == "positions" or "relative_bias" in path:
         return "positions"
+    if path[0].endswith("embedding"):
+        return "embedding"
+    if "cross" in path:
+        return "attention"
     return next(part for part in PARTS if part in path)
 
 
@@ -154,17 +183,24 @@ def _everywhere(parameters: int) -> Count:
 
 
 def _parameter_counts(spec: TransformerSpec) -> Iterator[tuple[str, Count]]:
-    d, rows, embedding, head = spec.d_model, spec.padded_vocab, spec.embedding, spec.head
-    yield "embedding", _everywhere(rows * d)
-    if embedding.positions.kind == "learned":
-        yield "positions", _everywhere(spec.context * d)
-    yield "norms", _norm(embedding.norm, d)
-    yield from _stack_parameters(spec.decoder, d)
+    d, rows, head = spec.d_model, spec.padded_vocab, spec.head
+    for embedding in (spec.embedding, spec.source_embedding):
+        if embedding is not None:
+            yield "embedding", _everywhere(rows * d)
+            if embedding.positions.kind == "learned":
+                yield "positions", _everywhere(spec.context * d)
+            yield "norms", _norm(embedding.norm, d)
+    for stack in (spec.encoder, spec.decoder):
+        if stack is not None:
+            yield from _stack_parameters(stack, d)
     if head is not None:
         yield "head", _everywhere((0 if head.tied else d * rows) + (rows if head.bias else 0))
 
 
 def _stack_parameters(stack: StackSpec, d: int) -> Iterator[tuple[str, Count]]:
+    if relative := stack.relative():
+        positions, heads = relative
+        yield "positions", _everywhere(positions.buckets * heads)
     for block in stack.blocks():
         yield from _block_parameters(block, d)
     yield "norms", _norm(stack.final_norm, d)
@@ -172,12 +208,11 @@ def _stack_parameters(stack: StackSpec, d: int) -> Iterator[tuple[str, Count]]:
 
 def _block_parameters(block: BlockSpec, d: int) -> Iterator[tuple[str, Count]]:
     norms_a_part = 2 if block.norm_position == "both" else 1
-    for _ in range(
-        norms_a_part * sum(p is not None for p in (block.attention, block.feed_forward))
-    ):
+    attentions = block.attentions().values()
+    for _ in range(norms_a_part * (len(attentions) + (block.feed_forward is not None))):
         yield "norms", _norm(block.norm, d)
-    if block.attention is not None:
-        yield from _attention_parameters(block.attention, d)
+    for attention in attentions:
+        yield from _attention_parameters(attention, d)
     if block.feed_forward is not None:
         yield "feed_forward", _feed_forward_parameters(block.feed_forward, d)
 
@@ -250,28 +285,34 @@ def _norm(norm: NormSpec | None, width: int) -> Count:
 # ---------------------------------------------------------------------------- FLOPs
 
 
-def _flop_counts(spec: TransformerSpec, seq_len: int, scores: Scores) -> Iterator[tuple[str, int]]:
+def _flop_counts(
+    spec: TransformerSpec, seq_len: int, source_len: int, scores: Scores
+) -> Iterator[tuple[str, float]]:
     d = spec.d_model
-    yield from _stack_flops(spec.decoder, d, seq_len, scores)
+    if spec.encoder is not None:
+        for part, flops in _stack_flops(spec.encoder, d, source_len, source_len, scores):
+            yield part, flops * source_len / seq_len
+    yield from _stack_flops(spec.decoder, d, seq_len, source_len, scores)
     if spec.head is not None:
         yield "head", _product(d, spec.padded_vocab)
 
 
 def _stack_flops(
-    stack: StackSpec, d: int, seq_len: int, scores: Scores
-) -> Iterator[tuple[str, int]]:
+    stack: StackSpec, d: int, seq_len: int, source_len: int, scores: Scores
+) -> Iterator[tuple[str, float]]:
     for block in stack.blocks():
-        attention, feed_forward = block.attention, block.feed_forward
-        if attention is not None:
-            keys = seq_len
-            if scores == "needed":
+        for name, attention in block.attentions().items():
+            crosses = name == "cross"
+            keys = source_len if crosses else seq_len
+            if scores == "needed" and not crosses:
                 keys = mean_keys(seq_len, window=attention.window, causal=stack.causal)
             wide = attention.heads * attention.width(d)
             yield "attention", round(2 * _product(keys, wide))  # q k^T, and weights v
-            for fan_in, fan_out in _attention_matrices(attention, d):
-                yield "attention", _product(fan_in, fan_out)
-        if feed_forward is not None:
-            yield "feed_forward", _feed_forward_flops(feed_forward, d, seq_len)
+            q, k, v, o = (_product(*matrix) for matrix in _attention_matrices(attention, d))
+            share = source_len / seq_len if crosses else 1  # keys and values are the source's
+            yield "attention", q + o + (k + v) * share
+        if block.feed_forward is not None:
+            yield "feed_forward", _feed_forward_flops(block.feed_forward, d, seq_len)
 
 
 def _feed_forward_flops(feed_forward: MlpSpec | MoeSpec, d: int, seq_len: int) -> int:

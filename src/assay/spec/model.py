@@ -1,12 +1,14 @@
 """What an architecture IS: frozen data, no JAX.
 
-A model is an embedding, a stack of blocks, and a head. Block i of a stack is
-`pattern[i % len(pattern)]`, so a plain stack, alternating kinds of layers, and local/global
-patterns are one mechanism. How a model is run (dtype, scan, mesh) is not here but in `run.py`.
+A model is an embedding, a stack of blocks, and a head; perhaps with an encoder, a second stack,
+whose output the blocks read by their `cross`. Block i of a stack is `pattern[i % len(pattern)]`,
+so a plain stack, alternating kinds of layers, and local/global patterns are one mechanism. How a
+model is run (dtype, scan, mesh) is not here but in `run.py`.
 
 Widths: D = `d_model`, H = `heads`, K = `kv_heads`, C = `head_dim`, F = `hidden`, V = vocabulary.
 """
 
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
@@ -93,10 +95,33 @@ class Rope(Spec):
     scaling: RopeScaling | None = None
 
 
+class RelativeBias(Spec):
+    """T5's relative positions (Raffel et al., arXiv:1910.10683, 2.1).
+
+    A trained number a head, added to the scores, for each of so many `buckets` of distance. Half
+    of the buckets hold one distance each, the other half ever wider ranges up to `max_distance`
+    and beyond; where a stack is not causal, each direction has half of the buckets. A stack owns
+    one table, that all its layers share.
+    """
+
+    kind: Literal["relative"] = "relative"
+    buckets: Annotated[int, Field(ge=4, multiple_of=4)] = 32
+    max_distance: PositiveInt = 128
+
+    @model_validator(mode="after")
+    def _beyond(self):
+        if self.max_distance <= self.buckets // 2:
+            raise ValueError(
+                f"max_distance: found {self.max_distance}, which must be more than half of the "
+                f"buckets ({self.buckets})."
+            )
+        return self
+
+
 EmbeddingPositions = Annotated[
     NoPositions | LearnedPositions | SinusoidalPositions, Field(discriminator="kind")
 ]
-AttentionPositions = Annotated[NoPositions | Rope, Field(discriminator="kind")]
+AttentionPositions = Annotated[NoPositions | Rope | RelativeBias, Field(discriminator="kind")]
 
 
 # ---------------------------------------------------------------------------- norms
@@ -172,16 +197,21 @@ class InitSpec(Spec):
 
     `residual` is for the projections that write into the residual stream: as the other
     `weights`; scaled by 1/sqrt(2 x layers) (GPT-2); or zero, so that every block begins as
-    the identity.
+    the identity. `queries` is for the queries' matrices: T5's are smaller by sqrt(head_dim), since
+    its scores are not scaled.
     """
 
     weights: WeightInit = NormalInit()
+    queries: WeightInit | None = None  # None: as `weights`
     residual: Literal["same", "depth_scaled", "zero"] = "depth_scaled"
     embedding: WeightInit = NormalInit()
     head: WeightInit | None = None  # None: as `weights`
 
     def head_init(self) -> WeightInit:
         return self.weights if self.head is None else self.head
+
+    def query_init(self) -> WeightInit:
+        return self.weights if self.queries is None else self.queries
 
 
 # ---------------------------------------------------------------------------- block parts
@@ -408,14 +438,16 @@ FeedForward = Annotated[MlpSpec | MoeSpec, Field(discriminator="kind")]
 
 
 class BlockSpec(Spec):
-    """One layer: attention, then feed-forward, each with its residual.
+    """One layer: attention, then `cross`, then feed-forward, each with its residual.
 
+    `cross` is attention whose keys and values are of the encoder's output; it has no positions.
     `norm_position`: pre, x + f(norm(x)); post, norm(x + f(x)) (2017); both,
     x + norm(f(norm(x))) (Gemma 2). `dropout` falls on each part's output.
     """
 
     attention: AttentionSpec | None
     feed_forward: FeedForward | None
+    cross: AttentionSpec | None = None
     norm: NormSpec = RmsNorm()
     norm_position: Literal["pre", "post", "both"] = "pre"
     dropout: Probability = 0.0
@@ -424,7 +456,22 @@ class BlockSpec(Spec):
     def _not_empty(self):
         if self.attention is None and self.feed_forward is None:
             raise ValueError("a block needs attention, feed_forward, or both; found neither.")
+        cross = self.cross
+        if cross is not None and cross.positions.kind != "none":
+            raise ValueError(
+                f"cross.positions: found {cross.positions.kind}; places of the source and of the "
+                f"target are not on one line, so cross-attention has none."
+            )
+        if cross is not None and cross.window is not None:
+            raise ValueError(
+                f"cross.window: found {cross.window}; cross-attention reads the whole source."
+            )
         return self
+
+    def attentions(self) -> dict[str, AttentionSpec]:
+        """The attentions that are there, by their field."""
+        parts = {"attention": self.attention, "cross": self.cross}
+        return {name: part for name, part in parts.items() if part is not None}
 
 
 def _sees_future(feed_forward: MlpSpec | MoeSpec | None) -> str | None:
@@ -466,7 +513,24 @@ class StackSpec(Spec):
             future = _sees_future(block.feed_forward)
             if self.causal and future:
                 raise ValueError(f"pattern.{i}.feed_forward.router: {future}")
+        relative = {
+            (block.attention.positions, block.attention.heads)
+            for block in self.pattern
+            if block.attention is not None and block.attention.positions.kind == "relative"
+        }
+        if len(relative) > 1:
+            raise ValueError(
+                "pattern: its relative positions or their heads differ, but a stack has one table "
+                "for all its layers."
+            )
         return self
+
+    def relative(self) -> tuple[RelativeBias, int] | None:
+        """The relative positions that the stack's layers share, and for how many heads."""
+        for block in self.pattern:
+            if block.attention is not None and block.attention.positions.kind == "relative":
+                return block.attention.positions, block.attention.heads
+        return None
 
     def blocks(self) -> tuple[BlockSpec, ...]:
         """The block of every layer, in order."""
@@ -483,9 +547,13 @@ class EmbeddingSpec(Spec):
 
 
 class HeadSpec(Spec):
-    """Vectors to logits. `tied` uses the embedding's table; `softcap` as in Gemma 2."""
+    """Vectors to logits. `tied` uses the embedding's table; `softcap` as in Gemma 2.
+
+    `scale_by_inverse_sqrt_width` multiplies the vectors by 1/sqrt(D), as T5 does where it ties.
+    """
 
     tied: bool = True
+    scale_by_inverse_sqrt_width: bool = False
     bias: bool = False
     softcap: PositiveFloat | None = None
 
@@ -497,13 +565,19 @@ class TransformerSpec(Spec):
     `vocab_multiple`. `context` is the length it is made for: the rows of a learned position
     table, and the default length of training sequences. `head` None makes the embedding's row
     the logits (a bigram table), and `d_model` is then the vocabulary.
+
+    With an `encoder` (a stack that is not causal), the decoder's blocks read its output by their
+    `cross`. Source and target have one vocabulary, and one embedding, or the source its own
+    (`source_embedding`). A model that only encodes is a `decoder` that is not causal.
     """
 
     vocab_size: PositiveInt
     d_model: PositiveInt
     context: PositiveInt
     decoder: StackSpec
+    encoder: StackSpec | None = None
     embedding: EmbeddingSpec = EmbeddingSpec()
+    source_embedding: EmbeddingSpec | None = None
     head: HeadSpec | None = HeadSpec()
     init: InitSpec = InitSpec()
     vocab_multiple: PositiveInt = 1
@@ -519,6 +593,12 @@ class TransformerSpec(Spec):
             return self.replace(vocab_size=vocab_size, d_model=vocab_size)
         return self.replace(vocab_size=vocab_size)
 
+    def layers(self) -> Iterator[tuple[str, BlockSpec]]:
+        """Every layer, the encoder's first, by its name in a checkpoint: `encoder.layers.0`."""
+        for prefix, stack in (("encoder.", self.encoder), ("", self.decoder)):
+            for i, block in enumerate(stack.blocks() if stack else ()):
+                yield f"{prefix}layers.{i}", block
+
     @model_validator(mode="after")
     def _fits(self):
         if self.head is None and (self.d_model != self.vocab_size or self.vocab_multiple != 1):
@@ -527,13 +607,13 @@ class TransformerSpec(Spec):
                 f"logits, so d_model must be vocab_size ({self.vocab_size}) and "
                 f"vocab_multiple 1."
             )
-        if self.embedding.positions.kind == "sinusoidal" and self.d_model % 2:
-            raise ValueError(f"d_model: found {self.d_model}; sinusoidal positions need it even.")
-        for i, block in enumerate(self.decoder.pattern):
-            attention = block.attention
-            if attention is None:
-                continue
-            where = f"decoder.pattern.{i}.attention"
+        for embedding in (self.embedding, self.source_embedding):
+            if embedding and embedding.positions.kind == "sinusoidal" and self.d_model % 2:
+                raise ValueError(
+                    f"d_model: found {self.d_model}; sinusoidal positions need it even."
+                )
+        self._check_encoder()
+        for where, attention in self._attentions():
             if attention.head_dim is None and self.d_model % attention.heads:
                 raise ValueError(
                     f"{where}.heads: found {attention.heads}, which must divide d_model "
@@ -545,3 +625,43 @@ class TransformerSpec(Spec):
                     f"rotary positions need it even."
                 )
         return self
+
+    def _attentions(self) -> Iterator[tuple[str, AttentionSpec]]:
+        """(path, attention) of every attention in the patterns."""
+        for name, stack in (("decoder", self.decoder), ("encoder", self.encoder)):
+            for i, block in enumerate(stack.pattern if stack else ()):
+                for part, attention in block.attentions().items():
+                    yield f"{name}.pattern.{i}.{part}", attention
+
+    def _check_encoder(self) -> None:
+        crossing = [i for i, block in enumerate(self.decoder.pattern) if block.cross is not None]
+        if self.encoder is None:
+            if crossing:
+                raise ValueError(
+                    f"decoder.pattern.{crossing[0]}.cross: there is no encoder for it to read; "
+                    f"give one, or leave cross out."
+                )
+            if self.source_embedding is not None:
+                raise ValueError("source_embedding: there is no encoder that would read it.")
+            return
+        if self.encoder.causal:
+            raise ValueError(
+                "encoder.causal: found true, but an encoder sees the whole source; it must be "
+                "false."
+            )
+        if not self.decoder.causal:
+            raise ValueError(
+                "decoder.causal: found false; beside an encoder the decoder must be causal."
+            )
+        if not crossing:
+            raise ValueError(
+                "encoder: no block of the decoder has cross, so nothing would read it."
+            )
+        for i, block in enumerate(self.encoder.pattern):
+            if block.cross is not None:
+                raise ValueError(
+                    f"encoder.pattern.{i}.cross: an encoder has nothing else to read; only blocks "
+                    f"of the decoder have it."
+                )
+        if self.head is None:
+            raise ValueError("head: found none; a model with an encoder needs one.")

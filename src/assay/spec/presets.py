@@ -12,6 +12,7 @@ from assay.spec.model import (
     BlockSpec,
     CapacitySpec,
     EmbeddingSpec,
+    FanInInit,
     HeadSpec,
     InitSpec,
     LayerNorm,
@@ -20,13 +21,17 @@ from assay.spec.model import (
     MoeSpec,
     NoisyTopK,
     NoPositions,
+    NormalInit,
     QkNorm,
+    RelativeBias,
     RmsNorm,
     Rope,
+    SinusoidalPositions,
     Soft,
     StackSpec,
     TopK,
     TransformerSpec,
+    XavierInit,
     ZeroInit,
 )
 from assay.spec.run import (
@@ -37,9 +42,11 @@ from assay.spec.run import (
     ComputeSpec,
     CosineSchedule,
     DataSpec,
+    InverseSqrtSchedule,
     LinearSchedule,
     MuonSpec,
     RunSpec,
+    SourceSpec,
     TrainSpec,
 )
 
@@ -83,7 +90,7 @@ def register(
 
 
 def vary(model: TransformerSpec, *, block=None, stack=None, **fields) -> TransformerSpec:
-    """The model with a small difference: in every `block`, in the `stack`, in its own `fields`.
+    """The model with a small difference: in every decoder's `block`, its `stack`, in `fields`.
 
     A dict in `block` changes fields of the part that is there; anything else replaces the part.
     """
@@ -104,25 +111,34 @@ def shrink(model: TransformerSpec) -> TransformerSpec:
     """The same architecture, small enough to run in a test. The rule:
 
     - kept: the pattern of blocks, norms and their places, positions and their scaling, biases,
-      activations, gating, dropout, caps, initialisation, tying, causality;
-    - layers: at most two whole periods of the pattern, and the broken last one where there is one;
+      activations, gating, dropout, caps, initialisation, tying, causality, the encoder and what
+      reads it;
+    - layers, of the encoder too: at most two whole periods of the pattern, and the broken last one
+      where there is one;
     - heads: at most 2 kv heads, each serving as many query heads as before (at most 8);
     - d_model: the smallest multiple of 8 features for every head that is at least 32; head_dim,
       where given, and the hidden widths keep their ratio to it;
     - experts: at most 8, or twice as many as a token chooses, which is kept; at most 4 slots of a
       soft mixture; capacity, losses and shared experts are kept;
-    - context: 64; windows keep their ratio to it, but are at least 4;
+    - context: 64; windows keep their ratio to it, but are at least 4; relative positions have at
+      most 8 buckets over a distance of 16, so that all of them are met;
     - vocabulary: 64 (61 padded to 64 where the tables are padded); without a head, d_model.
 
     Nothing becomes larger than it was.
     """
-    pattern = model.decoder.pattern
+    stacks = [stack for stack in (model.encoder, model.decoder) if stack is not None]
+    attentions = [
+        attention
+        for stack in stacks
+        for block in stack.pattern
+        for attention in block.attentions().values()
+    ]
 
     def small_heads(attention: AttentionSpec) -> tuple[int, int]:
         kv_heads = min(attention.num_kv_heads, 2)
         return kv_heads * min(attention.heads // attention.num_kv_heads, 8), kv_heads
 
-    unit = 8 * math.lcm(*(small_heads(b.attention)[0] for b in pattern if b.attention))
+    unit = 8 * math.lcm(*(small_heads(attention)[0] for attention in attentions))
     width = unit * math.ceil(32 / unit)
     narrower = width < model.d_model
     ratio = width / model.d_model
@@ -133,6 +149,11 @@ def shrink(model: TransformerSpec) -> TransformerSpec:
         if old.window is not None:
             window = max(4, old.window * context // model.context)
             new = new.replace(window=min(old.window, window))
+        if old.positions.kind == "relative":
+            buckets = min(old.positions.buckets, 8)
+            distance = min(old.positions.max_distance, 2 * buckets)
+            positions = old.positions.replace(buckets=buckets, max_distance=distance)
+            new = new.replace(positions=positions)
         if not narrower:
             return new
         heads, kv_heads = small_heads(old)
@@ -162,17 +183,21 @@ def shrink(model: TransformerSpec) -> TransformerSpec:
             shared=old.shared and small_mlp(old.shared),
         )
 
-    blocks = tuple(
-        block.replace(
-            attention=block.attention and small_attention(block.attention),
-            feed_forward=block.feed_forward and small_feed_forward(block.feed_forward),
+    def small_stack(stack: StackSpec) -> StackSpec:
+        blocks = tuple(
+            block.replace(
+                attention=block.attention and small_attention(block.attention),
+                cross=block.cross and small_attention(block.cross),
+                feed_forward=block.feed_forward and small_feed_forward(block.feed_forward),
+            )
+            for block in stack.pattern
         )
-        for block in pattern
-    )
-    layers = model.decoder.num_layers
-    if pattern:
-        periods, rest = divmod(layers, len(pattern))
-        layers = min(periods, 2) * len(pattern) + rest
+        layers = stack.num_layers
+        if blocks:
+            periods, rest = divmod(layers, len(blocks))
+            layers = min(periods, 2) * len(blocks) + rest
+        return stack.replace(pattern=blocks, num_layers=layers)
+
     d_model = width if narrower else model.d_model
     padded = model.padded_vocab != model.vocab_size
     vocab = d_model if model.head is None else min(model.vocab_size, 61 if padded else 64)
@@ -181,7 +206,8 @@ def shrink(model: TransformerSpec) -> TransformerSpec:
         vocab_multiple=min(model.vocab_multiple, 8),
         d_model=d_model,
         context=context,
-        decoder=model.decoder.replace(pattern=blocks, num_layers=layers),
+        decoder=small_stack(model.decoder),
+        encoder=model.encoder and small_stack(model.encoder),
     )
 
 
@@ -228,6 +254,7 @@ no_positions = EmbeddingSpec(positions=NoPositions())
 rope = Rope(theta=10_000.0)
 swiglu = {"gated": True, "activation": "silu", "bias": False}
 no_bias = {"qkv_bias": False, "out_bias": False}
+biased = {"qkv_bias": True, "out_bias": True}
 
 gpt = gpt2.replace(vocab_size=50304)
 nope_gpt = vary(gpt, embedding=no_positions, block={"feed_forward": {"activation": "relu"}})
@@ -461,6 +488,118 @@ register(
         block={"attention": {"heads": 32, "kv_heads": 4}},
     ),
 )
+
+# ---------------------------------------------------------------------------- encoder-decoders
+
+
+def with_encoder(decoder: TransformerSpec, **fields) -> TransformerSpec:
+    """The decoder reads an encoder of as many blocks like its own, after each attention."""
+
+    def reading(block: BlockSpec) -> BlockSpec:
+        return block.replace(cross=block.attention.replace(positions=NoPositions()))
+
+    stack = decoder.decoder
+    return decoder.replace(
+        encoder=stack.replace(causal=False),
+        decoder=stack.replace(pattern=tuple(map(reading, stack.pattern))),
+        **fields,
+    )
+
+
+def pairs_run(model: TransformerSpec, **options) -> RunSpec:
+    data = DataSpec(
+        sources=(SourceSpec(corpus="reverse-pairs"),), packing="pairs", seq_len=64, batch_size=32
+    )
+    return RunSpec(model=model, data=data, **options)
+
+
+# The paper's text: no bias in attention, biases in the feed-forward; its schedule and smoothing.
+paper_block = BlockSpec(
+    norm=LayerNorm(epsilon=1e-6),
+    norm_position="post",
+    attention=AttentionSpec(heads=8),
+    feed_forward=MlpSpec(hidden=2048, activation="relu", bias=True),
+    dropout=0.1,
+)
+paper_embedding = EmbeddingSpec(
+    positions=SinusoidalPositions(), scale_by_sqrt_width=True, dropout=0.1
+)
+xavier = InitSpec(weights=XavierInit(), residual="same", embedding=NormalInit(std=512**-0.5))
+transformer_base = with_encoder(
+    TransformerSpec(
+        vocab_size=37000,
+        d_model=512,
+        context=512,
+        embedding=paper_embedding,
+        decoder=StackSpec(num_layers=6, pattern=(paper_block,)),
+        init=xavier,
+    )
+)
+paper_training = {
+    "optimizer": AdamWSpec(
+        lr=(512 * 4000) ** -0.5, b2=0.98, epsilon=1e-9, weight_decay=0.0, clip=None
+    ),
+    "schedule": InverseSqrtSchedule(warmup=4000),
+    "train": TrainSpec(label_smoothing=0.1),
+}
+register(
+    "transformer-base",
+    "transformer",
+    "Vaswani et al. (arXiv:1706.03762)",
+    transformer_base,
+    pairs_run(transformer_base, **paper_training),
+)
+
+JAXFORMERS = "jaxformers, its attention with weights"
+jaxformers_lm = TransformerSpec(
+    vocab_size=10000,
+    d_model=512,
+    context=512,
+    embedding=EmbeddingSpec(positions=LearnedPositions(), scale_by_sqrt_width=True, dropout=0.1),
+    decoder=StackSpec(
+        num_layers=6,
+        pattern=(paper_block.replace(attention=AttentionSpec(heads=8, **biased)),),
+    ),
+    head=HeadSpec(tied=False, bias=True),
+    init=xavier,
+)
+jaxformers = with_encoder(
+    jaxformers_lm, embedding=paper_embedding, source_embedding=paper_embedding
+)
+register("jaxformers", "transformer", JAXFORMERS, jaxformers, pairs_run(jaxformers))
+register("jaxformers-lm", "transformer", f"{JAXFORMERS}; decoder only", jaxformers_lm)
+
+t5_norm = RmsNorm(epsilon=1e-6)
+t5_small = with_encoder(
+    TransformerSpec(
+        vocab_size=32128,
+        d_model=512,
+        context=512,
+        embedding=EmbeddingSpec(dropout=0.1),
+        decoder=StackSpec(
+            num_layers=6,
+            pattern=(
+                BlockSpec(
+                    norm=t5_norm,
+                    attention=AttentionSpec(
+                        heads=8, head_dim=64, scale=1.0, positions=RelativeBias(), dropout=0.1
+                    ),
+                    feed_forward=MlpSpec(hidden=2048, activation="relu"),
+                    dropout=0.1,
+                ),
+            ),
+            final_norm=t5_norm,
+        ),
+        head=HeadSpec(scale_by_inverse_sqrt_width=True),
+        init=InitSpec(
+            weights=FanInInit(),
+            queries=FanInInit(gain=64**-0.5),
+            residual="same",
+            embedding=NormalInit(std=1.0),
+        ),
+    )
+)
+register("t5-small", "t5", "T5 (arXiv:1910.10683)", t5_small, pairs_run(t5_small))
 
 # ---------------------------------------------------------------------------- small ones to train
 

@@ -69,8 +69,10 @@ class DataSpec(Spec):
     """Text to batches.
 
     `packing`: stream cuts windows of `seq_len` from the documents laid end to end; documents
-    packs whole documents into rows and lets none see another. `batch_size` is the global number
-    of sequences an update. `held_out` is the last part of each corpus, cut before any shuffling.
+    packs whole documents into rows and lets none see another; pairs has a source and a target in
+    each row, for models with an encoder. `batch_size` is the global number of sequences an update.
+    `source_len` is the room for a source (None: `seq_len`, which is then a target's); longer pairs
+    are left out of training. `held_out` is the last part of each corpus, cut before any shuffling.
     `validation` is the last share of what is left, cut likewise: text to choose settings by, so
     that the held-out text is not chosen by.
     """
@@ -79,7 +81,8 @@ class DataSpec(Spec):
     tokenizer: TokenizerSpec = ByteTokenizerSpec()
     seq_len: PositiveInt = 256
     batch_size: PositiveInt = 16
-    packing: Literal["stream", "documents"] = "stream"
+    source_len: PositiveInt | None = None
+    packing: Literal["stream", "documents", "pairs"] = "stream"
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.1
     validation: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
@@ -87,7 +90,17 @@ class DataSpec(Spec):
     def _some(self):
         if not self.sources:
             raise ValueError("sources: found none; name at least one corpus.")
+        if self.source_len is not None and self.packing != "pairs":
+            raise ValueError(
+                f"source_len: found {self.source_len}, but only pairs have a source; packing is "
+                f"{self.packing}."
+            )
         return self
+
+    @property
+    def room_for_source(self) -> int | None:
+        """Tokens a source, where there is one."""
+        return (self.source_len or self.seq_len) if self.packing == "pairs" else None
 
 
 # ---------------------------------------------------------------------------- optimizer
@@ -331,11 +344,24 @@ class RunSpec(Spec):
                 "train.score: found 'validation', but data.validation is 0: there is no such text."
             )
         self.mesh.check(self.model)
-        if self.model.embedding.positions.kind == "learned" and (
-            self.data.seq_len > self.model.context
-        ):
+        pairs = self.data.packing == "pairs"
+        if pairs and self.model.encoder is None:
             raise ValueError(
-                f"data.seq_len: found {self.data.seq_len}, but the learned positions end at "
-                f"model.context ({self.model.context})."
+                "data.packing: found pairs, but the model has no encoder to read a source."
             )
+        if self.model.encoder is not None and not pairs:
+            raise ValueError(
+                f"data.packing: found {self.data.packing}, but a model with an encoder is trained "
+                f"on pairs."
+            )
+        own = self.model.source_embedding or self.model.embedding
+        lengths = {"seq_len": (self.model.embedding, self.data.seq_len)}
+        if pairs:
+            lengths["source_len"] = own, self.data.room_for_source
+        for field, (embedding, length) in lengths.items():
+            if embedding.positions.kind == "learned" and length > self.model.context:
+                raise ValueError(
+                    f"data.{field}: found {length}, but the learned positions end at "
+                    f"model.context ({self.model.context})."
+                )
         return self

@@ -22,7 +22,7 @@ from assay.errors import AssayError
 from assay.evaluate.perplexity import Evaluation, evaluate
 from assay.model.sharding import make_mesh, parameter_shardings, partition, use_mesh
 from assay.model.transformer import Layout, abstract, layout, name_leaves
-from assay.spec.accounting import flops_per_token, planned_steps
+from assay.spec.accounting import planned_steps, run_flops_per_token
 from assay.spec.run import RunSpec
 from assay.startup import keep_compiled_programs
 from assay.train.checkpoint import Checkpoints, write_json
@@ -197,7 +197,7 @@ def _train(
     # ---- tell
     speed = log.tokens_here / log.seconds_here if log.tokens_here else None
     peak = peak_flops(run.compute.dtype, run.mesh.devices)
-    flops = flops_per_token(run.model, run.data.seq_len).train
+    flops = run_flops_per_token(run).train
     result = TrainResult(
         out=str(out),
         steps=step,

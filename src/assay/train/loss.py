@@ -22,7 +22,8 @@ def summed_objective(
     """(objective, what is logged), each summed over the batch's weighted tokens.
 
     `batch` holds `tokens` and `targets`, int32 (B, T), and where they differ from the default
-    `weights` float32 (B, T), `segment_ids` and `positions` int32 (B, T). The objective adds
+    `weights` float32 (B, T), `segment_ids` and `positions` int32 (B, T); for an encoder `source`
+    int32 (B, S), and `source_mask` bool (B, S), False at padding. The objective adds
     label smoothing (Szegedy et al., arXiv:1512.00567) and the z-loss (PaLM, arXiv:2204.02311);
     and of each layer of experts its balance loss and its router's z-loss, which are means, so
     that they count as much for each token. Logged are `loss`, the cross-entropy, and
@@ -30,6 +31,8 @@ def summed_objective(
     """
     output = model.forward(
         batch["tokens"],
+        source=batch.get("source"),
+        source_mask=batch.get("source_mask"),
         positions=batch.get("positions"),
         segment_ids=batch.get("segment_ids"),
         key=key,
@@ -56,7 +59,7 @@ def summed_objective(
 
 def auxiliary_loss(spec: TransformerSpec, routing: tuple[Routing, ...]) -> Float32[Array, ""]:
     """What the layers of experts add to the objective, all together."""
-    layers = [b.feed_forward for b in spec.decoder.blocks() if b.feed_forward is not None]
+    layers = [b.feed_forward for _, b in spec.layers() if b.feed_forward is not None]
     experts = [layer for layer in layers if layer.kind == "moe"]
     total = jnp.float32(0)
     for layer, record in zip(experts, routing, strict=True):

@@ -141,12 +141,15 @@ def uses_randomness(model: TransformerSpec) -> bool:
     """Whether the training forward draws random numbers."""
 
     def draws(block: BlockSpec) -> bool:
-        attention, feed_forward = block.attention, block.feed_forward
-        if block.dropout > 0 or (attention is not None and attention.dropout > 0):
+        feed_forward = block.feed_forward
+        if block.dropout > 0 or any(part.dropout > 0 for part in block.attentions().values()):
             return True
         if feed_forward is None or feed_forward.kind != "moe":
             return False
         router = feed_forward.router
         return router.kind == "noisy_top_k" or (router.kind == "top_k" and router.jitter > 0)
 
-    return model.embedding.dropout > 0 or any(map(draws, model.decoder.pattern))
+    embeddings = (model.embedding, model.source_embedding)
+    if any(embedding is not None and embedding.dropout > 0 for embedding in embeddings):
+        return True
+    return any(draws(block) for _, block in model.layers())
