@@ -645,7 +645,7 @@ def at_random(model: Transformer, seed: int) -> Transformer:
         noise = rng.standard_normal(shape, np.float32)
         if len(shape) == 1:
             return 0.2 * noise + name.endswith(".scale")
-        fan_in = shape[-1] if name.startswith("embedding.") else shape[-2]
+        fan_in = shape[-1] if name.split(".")[0].endswith("embedding") else shape[-2]
         return noise / np.float32(math.sqrt(fan_in))
 
     named = named_parameters(model)

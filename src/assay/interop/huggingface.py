@@ -103,13 +103,15 @@ class Row:
 
     `vocab` marks a tensor whose first axis counts tokens: rows that only pad our table are left
     out on the way there, and are zeros on the way back. `{e}` in their name is an expert: they
-    have a tensor for each, we one array with experts in its first axis.
+    have a tensor for each, we one array with experts in its first axis. `gated` rows are for
+    blocks whose feed-forward is (True) or is not (False).
     """
 
     ours: str | tuple[str, ...]
     theirs: str
     form: Form = SAME
     vocab: bool = False
+    gated: bool | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -118,10 +120,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """A family's rows. `prefix` is the part of their names that a bare model leaves out."""
+    """A family's rows. `prefix` is the part of their names that a bare model leaves out.
+
+    `copies` are tensors that some files hold besides, each the embedding again.
+    """
 
     prefix: str
     rows: tuple[Row, ...]
+    copies: tuple[str, ...] = ()
 
 
 _QKV = ("layers.{i}.attention.q", "layers.{i}.attention.k", "layers.{i}.attention.v")
@@ -202,6 +208,46 @@ def _experts(block: str, gate: str, up: str, down: str) -> tuple[Row, ...]:
 MIXTRAL = Table("model.", (*LLAMA.rows, *_experts("block_sparse_moe", "w1", "w3", "w2")))
 QWEN3_MOE = Table("model.", (*QWEN3.rows, *_experts("mlp", "gate_proj", "up_proj", "down_proj")))
 
+
+def _t5_stack(ours: str, theirs: str, parts: Sequence[str]) -> tuple[Row, ...]:
+    """An encoder's rows or a decoder's: `parts` are its sublayers, in their order."""
+    names = {"attention": "SelfAttention", "cross": "EncDecAttention"}
+    block, rows = f"{theirs}.block.{{i}}.layer", []
+    layer = f"{ours}layers.{{i}}"
+    for n, part in enumerate(parts):
+        rows.append(Row(f"{layer}.{part}_norm.scale", f"{block}.{n}.layer_norm.weight"))
+        if part in names:
+            rows += [
+                Row(f"{layer}.{part}.{x}.w", f"{block}.{n}.{names[part]}.{x}.weight", TRANSPOSED)
+                for x in "qkvo"
+            ]
+            continue
+        ff, dense = f"{layer}.feed_forward", f"{block}.{n}.DenseReluDense"
+        rows += [
+            Row(f"{ff}.up.0.w", f"{dense}.wi.weight", TRANSPOSED, gated=False),
+            Row(f"{ff}.gate.w", f"{dense}.wi_0.weight", TRANSPOSED, gated=True),
+            Row(f"{ff}.up.0.w", f"{dense}.wi_1.weight", TRANSPOSED, gated=True),
+            Row(f"{ff}.down.w", f"{dense}.wo.weight", TRANSPOSED),
+        ]
+    table = f"{theirs}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+    return (
+        Row(f"{ours}relative_bias", table),
+        Row(f"{ours}final_norm.scale", f"{theirs}.final_layer_norm.weight"),
+        *rows,
+    )
+
+
+T5 = Table(
+    "",
+    (
+        Row("embedding.table", "shared.weight", vocab=True),
+        *_t5_stack("encoder.", "encoder", ("attention", "feed_forward")),
+        *_t5_stack("", "decoder", ("attention", "cross", "feed_forward")),
+        Row("head.w", "lm_head.weight", TRANSPOSED, vocab=True),
+    ),
+    copies=("encoder.embed_tokens.weight", "decoder.embed_tokens.weight"),
+)
+
 TABLES = {
     "gpt2": GPT2,
     "llama": LLAMA,
@@ -211,11 +257,15 @@ TABLES = {
     "mixtral": MIXTRAL,
     "olmoe": QWEN3_MOE,
     "qwen3_moe": QWEN3_MOE,
+    "t5": T5,
 }
 """`model_type` -> its table."""
 
-BUFFERS = re.compile(r"(^|\.)(attn\.(masked_)?bias|rotary_emb\.inv_freq)$")
-"""Tensors of theirs that hold no parameter: causal masks and rotary frequencies of old files."""
+BUFFERS = re.compile(
+    r"(^|\.)(attn\.(masked_)?bias|rotary_emb\.inv_freq|EncDecAttention\.relative_attention_bias\.weight)$"
+)
+"""Tensors of theirs that hold no parameter, in old files: causal masks, rotary frequencies, and
+T5's relative positions between source and target, which nothing reads."""
 
 HEAD = "lm_head.weight"
 
@@ -261,6 +311,10 @@ def layout(spec: TransformerSpec, family: str | None = None) -> list[Tensor]:
         ours = tuple(name.format(i=i) for name in row.names)
         if not all(name in shapes for name in ours):
             return  # a part that this architecture does not have
+        if row.gated is not None:
+            block = ours[0].split(".feed_forward.")[0]
+            if row.gated != (f"{block}.feed_forward.gate.w" in shapes):
+                return
         our_shapes = tuple(shapes[name] for name in ours)
         if "{e}" in row.theirs:
             one = tuple(shape[1:] for shape in our_shapes)
@@ -281,10 +335,12 @@ def layout(spec: TransformerSpec, family: str | None = None) -> list[Tensor]:
     for row in rows:
         if "{i}" not in row.theirs:
             place(row, 0)
-    for i in range(spec.decoder.num_layers):
-        for row in rows:
-            if "{i}" in row.theirs:
-                place(row, i)
+    for stack in (spec.encoder, spec.decoder):
+        for i in range(stack.num_layers if stack else 0):
+            for row in rows:
+                in_encoder = row.names[0].startswith("encoder.")
+                if "{i}" in row.theirs and in_encoder == (stack is spec.encoder):
+                    place(row, i)
     for name in shapes:
         if name not in placed:
             raise AssayError(f"{name}: the family '{family}' has no tensor for this parameter.")
@@ -369,15 +425,21 @@ def checked_names(
         AssayError: as `our_entries`.
     """
     wanted = layout(spec, family)
-    where = _locate(tensors, wanted, TABLES[family].prefix, spec)
+    copies = [name for name in TABLES[family].copies if name in tensors]
+    where = _locate(tensors, wanted, TABLES[family].prefix, spec, copies)
     for tensor in wanted:
         check_dtype(tensor.name, dtype_of(tensors, where[tensor.name]))
         _check_shape(tensor.name, shape_of(tensors, where[tensor.name]), tensor.shape)
-        tied = tensor.ours == ("embedding.table",) and HEAD in where and spec.head.tied
-        if tied and not np.array_equal(tensors[where[tensor.name]], tensors[HEAD]):
-            raise AssayError(
-                f"{HEAD}: differs from {tensor.name}, though tie_word_embeddings says they are one."
-            )
+        if tensor.ours == ("embedding.table",):
+            tied = [HEAD] if HEAD in where and spec.head.tied else []
+            for copy in (*tied, *copies):
+                if not np.array_equal(tensors[where[tensor.name]], tensors[copy]):
+                    why = (
+                        "tie_word_embeddings says they are one"
+                        if copy == HEAD
+                        else ("the family has one embedding")
+                    )
+                    raise AssayError(f"{copy}: differs from {tensor.name}, though {why}.")
     return where
 
 
@@ -443,7 +505,11 @@ def from_huggingface(
 
 
 def _locate(
-    tensors: Mapping[str, Any], wanted: Sequence[Tensor], prefix: str, spec: TransformerSpec
+    tensors: Mapping[str, Any],
+    wanted: Sequence[Tensor],
+    prefix: str,
+    spec: TransformerSpec,
+    copies: Sequence[str] = (),
 ) -> dict[str, str]:
     """Our table's name of every tensor (and of a tied head) -> its name in this checkpoint."""
     where, missing = {}, []
@@ -458,7 +524,8 @@ def _locate(
     if spec.head is not None and spec.head.tied and HEAD in tensors:
         where[HEAD] = HEAD
     unexpected = [name for name in tensors if not BUFFERS.search(name)]
-    _refuse_names(set(unexpected) - set(where.values()), "this tensor has no place in the model")
+    placed = {*where.values(), *copies}
+    _refuse_names(set(unexpected) - placed, "this tensor has no place in the model")
     return where
 
 

@@ -20,6 +20,7 @@ from assay.spec.model import (
     AttentionSpec,
     BlockSpec,
     EmbeddingSpec,
+    FanInInit,
     HeadSpec,
     InitSpec,
     LayerNorm,
@@ -28,8 +29,10 @@ from assay.spec.model import (
     Llama3Scaling,
     MlpSpec,
     MoeSpec,
+    NoPositions,
     NormalInit,
     QkNorm,
+    RelativeBias,
     RmsNorm,
     Rope,
     StackSpec,
@@ -147,9 +150,17 @@ def canonical(spec: TransformerSpec) -> TransformerSpec:
     A default that was spelt out becomes the default, a pattern its shortest period; padding,
     initialisation, and experts' capacity and z-loss, which no config holds, become the defaults.
     """
-    blocks = tuple(_canonical_block(block, spec.d_model) for block in spec.decoder.blocks())
-    decoder = spec.decoder.replace(pattern=shortest_period(blocks))
-    return spec.replace(decoder=decoder, vocab_multiple=1, init=InitSpec())
+
+    def stack(old: StackSpec) -> StackSpec:
+        blocks = tuple(_canonical_block(block, spec.d_model) for block in old.blocks())
+        return old.replace(pattern=shortest_period(blocks))
+
+    return spec.replace(
+        decoder=stack(spec.decoder),
+        encoder=spec.encoder and stack(spec.encoder),
+        vocab_multiple=1,
+        init=InitSpec(),
+    )
 
 
 def shortest_period(entries: Sequence) -> tuple:
@@ -161,8 +172,8 @@ def shortest_period(entries: Sequence) -> tuple:
 
 
 def _canonical_block(block: BlockSpec, d_model: int) -> BlockSpec:
-    attention, feed_forward = block.attention, block.feed_forward
-    if attention is not None:
+    feed_forward = block.feed_forward
+    for part, attention in block.attentions().items():
         width = attention.width(d_model)
         changes: dict[str, Any] = {}
         if attention.kv_heads == attention.heads:
@@ -177,7 +188,7 @@ def _canonical_block(block: BlockSpec, d_model: int) -> BlockSpec:
             if math.isclose(scaling.attention_factor, own):
                 scaling = scaling.replace(attention_factor=None)
                 changes["positions"] = attention.positions.replace(scaling=scaling)
-        block = block.replace(attention=attention.replace(**changes))
+        block = block.replace(**{part: attention.replace(**changes)})
     if feed_forward is not None and feed_forward.kind == "mlp" and len(feed_forward.widths) == 1:
         block = block.replace(feed_forward=feed_forward.replace(hidden=feed_forward.widths[0]))
     if feed_forward is not None and feed_forward.kind == "moe":
@@ -192,6 +203,11 @@ def _canonical_block(block: BlockSpec, d_model: int) -> BlockSpec:
 
 def _what_is_lost(spec: TransformerSpec, family: str) -> str | None:
     """The first field that does not come back from this family's config, as a clause."""
+    if (spec.encoder is not None) != (family in ENCODER_FAMILIES):
+        found = "none" if spec.encoder is None else "a stack"
+        return f"encoder: found {found}, which the family '{family}' cannot express"
+    if spec.encoder is not None and not spec.encoder.pattern:
+        return f"encoder.num_layers: found 0, which the family '{family}' cannot express"
     for i, block in enumerate(spec.decoder.pattern):
         for part in ("attention", "feed_forward"):
             kind = getattr(getattr(block, part), "kind", part)
@@ -595,6 +611,84 @@ def _write_qwen3_moe(spec: TransformerSpec) -> Config:
     }
 
 
+# ---------------------------------------------------------------------------- T5
+
+
+def _read_t5(c: Config) -> TransformerSpec:
+    *gated, activation = c["feed_forward_proj"].split("-")
+    if activation == "gelu" and gated:
+        activation = "gelu_new"
+    norm, rate = RmsNorm(epsilon=c["layer_norm_epsilon"]), c["dropout_rate"]
+    positions = RelativeBias(
+        buckets=c["relative_attention_num_buckets"],
+        max_distance=c["relative_attention_max_distance"],
+    )
+    attention = AttentionSpec(
+        heads=c["num_heads"], head_dim=c["d_kv"], scale=1.0, positions=positions, dropout=rate
+    )
+    block = BlockSpec(
+        norm=norm,
+        attention=attention,
+        feed_forward=MlpSpec(
+            hidden=c["d_ff"],
+            activation=_read_activation({"feed_forward_proj": activation}, "feed_forward_proj"),
+            gated=bool(gated),
+        ),
+        dropout=rate,
+    )
+    reading = block.replace(cross=attention.replace(positions=NoPositions()))
+    # transformers 5.24 writes tie_word_embeddings as true always, and the truth beside it.
+    tied = c.get("scale_decoder_outputs", c["tie_word_embeddings"])
+    decoder_layers = c["num_decoder_layers"]
+    return TransformerSpec(
+        vocab_size=c["vocab_size"],
+        d_model=c["d_model"],
+        context=c["n_positions"],
+        embedding=EmbeddingSpec(dropout=rate),
+        encoder=StackSpec(
+            num_layers=c["num_layers"], pattern=(block,), final_norm=norm, causal=False
+        ),
+        decoder=StackSpec(
+            num_layers=c["num_layers"] if decoder_layers is None else decoder_layers,
+            pattern=(reading,),
+            final_norm=norm,
+        ),
+        head=HeadSpec(tied=tied, scale_by_inverse_sqrt_width=tied),
+        init=InitSpec(
+            weights=FanInInit(),
+            queries=FanInInit(gain=c["d_kv"] ** -0.5),
+            residual="same",
+            embedding=NormalInit(std=1.0),
+        ),
+    )
+
+
+def _write_t5(spec: TransformerSpec) -> Config:
+    block = spec.encoder.pattern[0]
+    attention, feed_forward = block.attention, block.feed_forward
+    positions = attention.positions
+    if positions.kind != "relative":
+        positions = RelativeBias()
+    activation = _write_activation(feed_forward)
+    if feed_forward.gated:
+        activation = "gated-" + ("gelu" if activation == "gelu_new" else activation)
+    return {
+        "d_model": spec.d_model,
+        "d_kv": attention.width(spec.d_model),
+        "d_ff": feed_forward.widths[0],
+        "num_heads": attention.heads,
+        "num_layers": spec.encoder.num_layers,
+        "num_decoder_layers": spec.decoder.num_layers,
+        "n_positions": spec.context,
+        "relative_attention_num_buckets": positions.buckets,
+        "relative_attention_max_distance": positions.max_distance,
+        "dropout_rate": block.dropout,
+        "layer_norm_epsilon": block.norm.epsilon,
+        "feed_forward_proj": activation,
+        "is_encoder_decoder": True,
+    }
+
+
 def _read_router(c: Config) -> TopK:
     return TopK(k=c["num_experts_per_tok"], renormalise=c["norm_topk_prob"])
 
@@ -784,6 +878,29 @@ CONFIG_FAMILIES = {
         _read_qwen3_moe,
         _write_qwen3_moe,
     ),
+    "t5": ConfigFamily(
+        "T5ForConditionalGeneration",
+        {
+            "vocab_size": 32128,
+            "d_model": 512,
+            "d_kv": 64,
+            "d_ff": 2048,
+            "num_layers": 6,
+            "num_decoder_layers": None,
+            "num_heads": 8,
+            "n_positions": 512,
+            "relative_attention_num_buckets": 32,
+            "relative_attention_max_distance": 128,
+            "dropout_rate": 0.1,
+            "layer_norm_epsilon": 1e-6,
+            "feed_forward_proj": "relu",
+            "tie_word_embeddings": True,
+        },
+        _read_t5,
+        _write_t5,
+    ),
 }
-EXPERT_FAMILIES = ("mixtral", "olmoe", "qwen3_moe")
 """`model_type` -> how it is read and written; the order is that in which a spec is tried."""
+
+EXPERT_FAMILIES = ("mixtral", "olmoe", "qwen3_moe")
+ENCODER_FAMILIES = ("t5",)
