@@ -1,5 +1,7 @@
 """Every preset passes every check, and each check fails on a model broken on purpose."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +13,7 @@ from assay.evaluate import checks
 from assay.evaluate.checks import check
 from assay.model.layers import Linear
 from assay.model.sharding import constant_parameter
-from assay.model.transformer import Transformer
+from assay.model.transformer import Source, Transformer
 from assay.spec import presets
 from assay.spec.model import (
     AttentionSpec,
@@ -37,10 +39,12 @@ SHRUNK = {presets.shrink(preset.model): name for name, preset in presets.PRESETS
 def test_every_preset_passes(name):
     report = check(name)
     assert report.passed, [c for c in report.checks if not c.passed]
+    reads = presets.get(name).model.encoder is not None
     assert [c.name for c in report.checks] == [
         "causality_values",
         "causality_gradient",
         "cache_equality",
+        *(["sees_the_source", "source_padding_is_hidden"] if reads else []),
         "batch_independence",
         "gradients_reach",
         "finite_bf16",
@@ -102,12 +106,125 @@ CAUSALITY = ("causality_values", "causality_gradient")
 
 
 def test_a_stack_that_is_not_causal():
-    report = check(SPEC.replace(decoder=SPEC.decoder.replace(causal=False)))
-    assert not report.passed
-    failed = {c.name for c in report.checks if not c.passed}
-    assert failed == {"causality_values", "causality_gradient", "cache_equality"}
-    assert "logits of token" in report["causality_values"].where
-    assert "gradient by the embedding of token" in report["causality_gradient"].where
+    model = broken(Transformer, SPEC.replace(decoder=SPEC.decoder.replace(causal=False)))
+    failed = failures(model, *CAUSALITY, "cache_equality")
+    assert {*failed} == {*CAUSALITY, "cache_equality"}
+    assert "logits of token" in failed["causality_values"].where
+    assert "gradient by the embedding of token" in failed["causality_gradient"].where
+
+
+ENCODER = SPEC.replace(decoder=SPEC.decoder.replace(causal=False))
+READING = tiny(
+    decoder=StackSpec(
+        pattern=(SPEC.decoder.pattern[0].replace(cross=AttentionSpec(heads=2, qkv_bias=True)),),
+        num_layers=2,
+    ),
+    encoder=StackSpec(pattern=SPEC.decoder.pattern, num_layers=1, causal=False),
+    source_embedding=EmbeddingSpec(positions=LearnedPositions()),
+    head=HeadSpec(tied=False),
+    vocab_multiple=16,
+)
+
+
+@pytest.mark.parametrize("how", [{}, {"scan_layers": True, "remat": "block"}], ids=str)
+def test_a_model_that_only_encodes(how):
+    local = AttentionSpec(heads=2, window=3)
+    for spec in (ENCODER, tiny(local, decoder=tiny(local).decoder.replace(causal=False))):
+        report = check(spec, compute=ComputeSpec(**how))
+        assert report.passed, report
+        assert [c.name for c in report.checks][:2] == ["sees_both_ways", "padding_is_hidden"]
+
+
+def test_an_encoder_decoder_with_all_of_its_own():
+    report = check(READING, compute=ComputeSpec(scan_layers=True, remat="block"))
+    assert report.passed, report
+    note = report["gradients_reach"].note
+    assert "layers.1.cross.k.b: it cancels in the softmax" in note
+    assert "source_embedding.table: these tokens are not in the batch" in note
+
+
+class SeesOneWay(Transformer):
+    """An encoder with the mask of a decoder."""
+
+    def geometry(self, positions, d_model, **options):
+        shared = super().geometry(positions, d_model, **options)
+        hidden = jnp.triu(jnp.full((1, 1, *[len(positions)] * 2), -1e30), k=1)
+        biases = {
+            k: v + hidden.reshape((1,) * (v.ndim - 2) + v.shape[-2:])
+            for k, v in shared.biases.items()
+        }
+        return replace(shared, biases=biases)
+
+
+def test_an_encoder_that_sees_one_way():
+    failed = failures(broken(SeesOneWay, ENCODER), "sees_both_ways", "padding_is_hidden")
+    assert {*failed} == {"sees_both_ways"}
+    assert "logits of token 0 do not see token 1" in failed["sees_both_ways"].where
+
+
+class ReadsPadding(Transformer):
+    """The source's mask goes no further than the encoder."""
+
+    def _encode(self, source, mask, key, train):
+        read, routing = super()._encode(source, mask, key, train)
+        return replace(read, mask=jnp.ones_like(read.mask)), routing
+
+
+class EncodesPadding(Transformer):
+    """The encoder does not hide it from itself."""
+
+    def _encode(self, source, mask, key, train):
+        read, routing = super()._encode(source, None, key, train)
+        return replace(read, mask=mask), routing
+
+
+class SeesHalfTheSource(Transformer):
+    def _encode(self, source, mask, key, train):
+        read, routing = super()._encode(source, mask, key, train)
+        kept = jnp.arange(source.shape[1])[None, :] % 2 == 0
+        return Source(jnp.where(kept[..., None], read.hidden, 0), read.mask), routing
+
+
+READS = ("sees_the_source", "source_padding_is_hidden")
+
+
+@pytest.mark.parametrize("cls", [ReadsPadding, EncodesPadding])
+def test_padding_that_is_read(cls):
+    failed = failures(broken(cls, READING), *READS)
+    assert {*failed} == {*READS}
+    assert "padding" in failed["sees_the_source"].where
+
+
+def test_a_source_that_is_half_seen():
+    spec = READING.at("encoder.pattern.0.attention", None)
+    failed = failures(broken(SeesHalfTheSource, spec), *READS)
+    assert {*failed} == {"sees_the_source"}
+    assert "no gradient by source token 1" in failed["sees_the_source"].where
+
+
+class NeverReads(Transformer):
+    """Cross-attention's output is thrown away: its weights get no gradient."""
+
+    def run(self, x, shared, cache, key, source=None, **experts):
+        return super().run(x, shared, cache, key, source * 0, **experts)
+
+
+def test_an_encoder_that_is_never_read():
+    failed = failures(broken(NeverReads, READING), "gradients_reach", *READS)
+    assert {*failed} == {"gradients_reach", "sees_the_source"}
+    assert "encoder.layers.0" in failed["gradients_reach"].where
+
+
+class EncodesAgain(Transformer):
+    """Decoding goes on with another source's keys and values."""
+
+    def remember(self, source, dtype):
+        return super().remember(replace(source, hidden=source.hidden[::-1]), dtype)
+
+
+def test_a_cache_of_another_source():
+    failed = failures(broken(EncodesAgain, READING), "cache_equality", "causality_values")
+    assert {*failed} == {"cache_equality"}
 
 
 class LeaksInTraining(Transformer):

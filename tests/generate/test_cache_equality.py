@@ -38,7 +38,9 @@ local = block.replace(attention=block.attention.replace(window=40))
 distant = block.replace(
     attention=block.attention.replace(positions=Rope(theta=1e6, scaling=LinearScaling(factor=8)))
 )
-SPECS = {name: shrink(preset.model) for name, preset in PRESETS.items()} | {
+SPECS = {
+    name: shrink(preset.model) for name, preset in PRESETS.items() if preset.model.encoder is None
+} | {
     "window": shrink(
         nano.replace(decoder=nano.decoder.replace(pattern=(local, distant), num_layers=5))
     ),

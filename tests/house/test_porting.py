@@ -30,7 +30,6 @@ def test_every_preset_named_is_one():
 
 
 AWAITED = [
-    "jaxformers-lm",
     "charformer",
 ]
 

@@ -93,7 +93,8 @@ def of_model(spec: TransformerSpec) -> Any:
     """Parameters, and the logits of the training forward: op by op, most compiled before."""
     net = Transformer(spec, rngs=jax.random.key(0))
     tokens = jax.random.randint(jax.random.key(1), (2, 12), 0, 8)
-    return named_parameters(net), net(tokens, key=jax.random.key(2), train=True)
+    source = {} if spec.encoder is None else {"source": tokens[:, :7]}
+    return named_parameters(net), net(tokens, key=jax.random.key(2), train=True, **source)
 
 
 def of_run(spec: RunSpec) -> Any:
@@ -239,6 +240,12 @@ YARN = scaled(kind="yarn", factor=4.0, original_context=1024)
 LEARNED = PLAIN.at("embedding.positions", "learned")
 SINES = PLAIN.at("embedding.positions", "sinusoidal")
 RMS = PLAIN.at(NORM, "rmsnorm")
+RELATIVE = PLAIN.at(POSITIONS, {"kind": "relative", "buckets": 8, "max_distance": 8})
+BLOCK = PLAIN.decoder.pattern[0]
+READING = PLAIN.replace(
+    encoder=PLAIN.decoder.replace(causal=False),
+    decoder=PLAIN.decoder.replace(pattern=(BLOCK.replace(cross=BLOCK.attention),)),
+)
 UNTIED = PLAIN.at("head.tied", False)
 TRUNCATED = PLAIN.at(WEIGHTS, {"kind": "truncated_normal", "std": 0.3})
 XAVIER = PLAIN.at(WEIGHTS, "xavier")
@@ -298,6 +305,8 @@ def files(tmp_path_factory) -> Path:
     for name in ("a", "b"):
         lines = [f'{{"text": "{name} {i} {"word " * (i % 7)}"}}\n' for i in range(200)]
         (folder / f"{name}.jsonl").write_text("".join(lines))
+    pairs = [f'{{"source": "{i} {"word " * (i % 4)}", "target": "{i}"}}\n' for i in range(200)]
+    (folder / "pairs.jsonl").write_text("".join(pairs))
     for name, size in (("small", 260), ("large", 280)):
         tokenizers.build(BpeTokenizerSpec(vocab_size=size), [TEXT]).save(folder / name)
     return folder
@@ -307,6 +316,12 @@ def data_cases(folder: Path) -> dict[str, Case]:
     a, b = (str(folder / f"{name}.jsonl") for name in "ab")
     both = (SourceSpec(corpus=a), SourceSpec(corpus=b))
     base = DataSpec(sources=both, seq_len=32, batch_size=4)
+    paired = DataSpec(
+        sources=(SourceSpec(corpus=str(folder / "pairs.jsonl")),),
+        packing="pairs",
+        seq_len=32,
+        batch_size=4,
+    )
     small, large = (str(folder / name / "tokenizer.json") for name in ("small", "large"))
     return {
         "SourceSpec.corpus": Case(of_data, base, "sources.0.corpus", b),
@@ -316,6 +331,7 @@ def data_cases(folder: Path) -> dict[str, Case]:
         "DataSpec.seq_len": Case(of_data, base, "seq_len", 16),
         "DataSpec.batch_size": Case(of_data, base, "batch_size", 2),
         "DataSpec.packing": Case(of_data, base, "packing", "documents"),
+        "DataSpec.source_len": Case(of_data, paired, "source_len", 12),
         "DataSpec.held_out": Case(of_data, base, "held_out", 0.3),
         "DataSpec.validation": Case(of_data, base, "validation", 0.2),
         **tokenizer(FileTokenizerSpec(path=small), "char", path=large),
@@ -345,6 +361,8 @@ CASES: dict[str, Case] = {
         "kind": "none", "theta": 100.0})),
     **name_all("Rope", models(ROPE, POSITIONS, {
         "kind": "none", "theta": 100.0, "scaling": {"kind": "linear", "factor": 2.0}})),
+    **name_all("RelativeBias", models(RELATIVE, POSITIONS, {
+        "kind": "none", "buckets": 4, "max_distance": 6})),
     # ---- norms
     **name_all("LayerNorm", models(PLAIN, NORM, {
         "kind": "rmsnorm", "epsilon": 1e-2, "scale": False, "bias": False})),
@@ -360,7 +378,8 @@ CASES: dict[str, Case] = {
         "kind": "normal", "gain": 2.0, "distribution": "uniform"})),
     **name_all("ZeroInit", models(ZERO, WEIGHTS, {"kind": "normal"})),
     **name_all("InitSpec", models(UNTIED, "init", {
-        "weights": "fan_in", "residual": "same", "embedding": "fan_in", "head": {"kind": "zero"}})),
+        "weights": "fan_in", "queries": {"kind": "fan_in"}, "residual": "same", "embedding": "fan_in",
+        "head": {"kind": "zero"}})),
     # ---- blocks
     **name_all("QkNorm", models(QK_NORM, f"{ATTENTION}.qk_norm", {
         "norm": "layernorm", "over": "projection"})),
@@ -394,6 +413,7 @@ CASES: dict[str, Case] = {
     **name_all("BlockSpec", models(PLAIN, "decoder.pattern.0", {
         "attention": None, "feed_forward": None, "norm": "rmsnorm", "norm_position": "post",
         "dropout": 0.5})),
+    "BlockSpec.cross": Case(of_model, READING, "decoder.pattern.0.cross.heads", 2),
     # ---- the whole
     **name_all("StackSpec", models(PLAIN, "decoder", {
         "pattern": 2 * [PLAIN.decoder.pattern[0].at("norm", "rmsnorm").model_dump()],
@@ -401,11 +421,14 @@ CASES: dict[str, Case] = {
     **name_all("EmbeddingSpec", models(PLAIN, "embedding", {
         "positions": "learned", "scale_by_sqrt_width": True, "norm": {"kind": "rmsnorm"},
         "dropout": 0.5})),
-    **name_all("HeadSpec", models(PLAIN, "head", {"tied": False, "bias": True, "softcap": 1.0})),
+    **name_all("HeadSpec", models(PLAIN, "head", {
+        "tied": False, "bias": True, "softcap": 1.0, "scale_by_inverse_sqrt_width": True})),
     **name_all("TransformerSpec", models(PLAIN, "", {
         "vocab_size": 31, "d_model": 32, "decoder": PLAIN.decoder.at("num_layers", 1).model_dump(),
         "embedding": EmbeddingSpec(norm=LayerNorm()).model_dump(),
         "init": InitSpec().model_dump(), "vocab_multiple": 8})),
+    "TransformerSpec.encoder": Case(of_model, READING, "encoder.num_layers", 1),
+    "TransformerSpec.source_embedding": Case(of_model, READING, "source_embedding", {}),
     "TransformerSpec.context": Case(of_model, LEARNED, "context", 16),
     "TransformerSpec.head": Case(of_model, TABLE, "head", HeadSpec().model_dump()),
     # ---- tokenizers

@@ -37,6 +37,7 @@ from assay.spec.model import (
 from assay.spec.run import ComputeSpec
 
 PUBLISHED = {
+    "t5-small": 60_506_624,
     "gpt2": 124_439_808,
     "gpt2-medium": 354_823_168,
     "gpt2-large": 774_030_080,

@@ -61,6 +61,7 @@ def corpora(as_json: Json = False) -> None:
 
     Example: assay corpora
     """
+    from assay.data.corpora import PAIRS
     from assay.data.corpora import corpora as named
 
     rows = [
@@ -71,6 +72,10 @@ def corpora(as_json: Json = False) -> None:
             "description": corpus.description,
         }
         for corpus in named()
+    ]
+    rows += [
+        {"name": name, "size": None, "needs_network": False, "description": f"{what} (pairs)"}
+        for name, what in PAIRS.items()
     ]
     if not as_json:
         table = Table("name", "size", "network", "what it is", box=None)
@@ -90,7 +95,12 @@ def show(model: Model, as_json: Json = False, settings: Settings = None) -> None
 
     Example: assay show llama-3-8b
     """
-    from assay.spec.accounting import flops_per_token, kv_bytes_per_token, parameters
+    from assay.spec.accounting import (
+        flops_per_token,
+        kv_bytes_per_source_token,
+        kv_bytes_per_token,
+        parameters,
+    )
 
     spec = _spec_of(model, settings)
     count, flops = parameters(spec), flops_per_token(spec)
@@ -102,6 +112,7 @@ def show(model: Model, as_json: Json = False, settings: Settings = None) -> None
         "flops_per_token_forward": flops.forward,
         "flops_per_token_train": flops.train,
         "kv_bytes_per_token": kv_bytes_per_token(spec),
+        "kv_bytes_per_source_token": kv_bytes_per_source_token(spec),
     }
     if not as_json:
         console = out()
@@ -118,6 +129,9 @@ def show(model: Model, as_json: Json = False, settings: Settings = None) -> None
             console.print(f"active parameters      {count.active:,}")
         console.print(f"training FLOPs a token {flops.train:,} at {spec.context:,} tokens")
         console.print(f"KV cache a token       {data['kv_bytes_per_token']:,} bytes in float32")
+        if spec.encoder is not None:
+            of_source = data["kv_bytes_per_source_token"]
+            console.print(f"  and a source token   {of_source:,} bytes, made once")
     emit(data, as_json)
 
 
@@ -135,7 +149,9 @@ def _spec_of(model: str, settings: list[str] | None):
             run = read_run(model)
         case "huggingface":
             from assay.interop.huggingface import read_config
-            from assay.spec.run import RunSpec
+            from assay.spec.run import DataSpec, RunSpec
 
-            run = RunSpec(model=read_config(Path(model)))
+            spec = read_config(Path(model))
+            packing = "stream" if spec.encoder is None else "pairs"
+            run = RunSpec(model=spec, data=DataSpec(packing=packing))
     return run.changed(changes_of(settings)).model

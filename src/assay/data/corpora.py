@@ -31,6 +31,19 @@ SHAKESPEARE_URL = (
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 
+PAIRS = {
+    "copy-pairs": "20,000 short strings, each with itself as the target",
+    "reverse-pairs": "20,000 short strings, each with itself turned round as the target",
+    "sort-pairs": "20,000 short strings, each with its letters in order as the target",
+}
+"""Named corpora of pairs, for models with an encoder (`pairs.py`)."""
+
+_ONLY_PAIRS = (
+    "holds pairs of source and target, which only a model with an encoder is trained on "
+    "(transformer-base, t5-small); a decoder takes 'prompt' and 'completion'."
+)
+
+
 class Segment(NamedTuple):
     """A stretch of text and the weight of its tokens in the training loss."""
 
@@ -124,7 +137,7 @@ class NamedCorpus:
 
 
 def corpora() -> list[NamedCorpus]:
-    """Every named corpus. `hf:` stands for a family: `hf:OWNER/DATASET:SPLIT#COLUMN`."""
+    """Every named corpus of text. `hf:` is a family: `hf:OWNER/DATASET:SPLIT#COLUMN`."""
     return [
         NamedCorpus(
             "python-docs",
@@ -261,7 +274,9 @@ def open_corpus(name: str) -> Corpus:
             return TextCorpus(name, _not_empty(name, named.read))
     if name.startswith("hf:"):
         return TextCorpus(name, _not_empty(name, lambda: _hugging_face(name)))
-    files = _files(name)
+    if name in PAIRS or Path(name).suffix == ".tsv":
+        raise AssayError(f"{name}: {_ONLY_PAIRS}")
+    files = files_of(name)
     tokens = [file for file in files if file.suffix in TOKENS]
     if not tokens:
         return TextCorpus(name, _not_empty(name, lambda: _texts(files)))
@@ -276,11 +291,16 @@ def open_corpus(name: str) -> Corpus:
     return TokenCorpus(name, joined)
 
 
-def _files(name: str) -> list[Path]:
+def files_of(name: str, suffixes: tuple[str, ...] = (*TEXT, *TOKENS)) -> list[Path]:
+    """The files with these suffixes that a path, a folder or a glob stands for, in order.
+
+    Raises:
+        AssayError: if there are none.
+    """
     path = Path(name).expanduser()
-    legal = ", ".join((*TEXT, *TOKENS))
+    legal = ", ".join(suffixes)
     if path.is_file():
-        if path.suffix not in (*TEXT, *TOKENS):
+        if path.suffix not in suffixes:
             raise AssayError(f"{name}: found extension '{path.suffix}'; legal are: {legal}.")
         return [path]
     if path.is_dir():
@@ -295,7 +315,7 @@ def _files(name: str) -> list[Path]:
         file
         for shown, file in found
         if file.is_file()
-        and file.suffix in (*TEXT, *TOKENS)
+        and file.suffix in suffixes
         and not any(part.startswith(".") for part in shown.parts)
     )
     if not files:
@@ -359,6 +379,12 @@ def _decode(path: Path) -> str:
 
 
 def _jsonl(path: Path) -> Iterator[Document]:
+    for where, line in lines_of(path):
+        yield _record(where, line)
+
+
+def lines_of(path: Path) -> Iterator[tuple[str, str]]:
+    """(where it is, text) of every line that is not blank."""
     offset = 0
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
@@ -371,7 +397,7 @@ def _jsonl(path: Path) -> Iterator[Document]:
                 ) from None
             offset += len(line)
             if text.strip():
-                yield _record(f"{path}: line {number}", text)
+                yield f"{path}: line {number}", text
 
 
 def _record(where: str, line: str) -> Document:
@@ -381,22 +407,31 @@ def _record(where: str, line: str) -> Document:
         raise AssayError(f"{where} is not JSON ({error}).") from None
     if not isinstance(record, dict):
         raise AssayError(f"{where} is {type(record).__name__}, not an object with 'text'.")
-    weight = record.get("weight", 1.0)
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < 1e6:
-        raise AssayError(f"{where}: 'weight' is {weight!r}; expected a number, 0 or more.")
+    weight = weight_of(where, record)
     if "text" in record:
-        parts = {"text": float(weight)}
+        parts = {"text": weight}
     elif "prompt" in record and "completion" in record:
-        parts = {"prompt": 0.0, "completion": float(weight)}
+        parts = {"prompt": 0.0, "completion": weight}
+    elif "source" in record and "target" in record:
+        raise AssayError(f"{where} {_ONLY_PAIRS}")
     else:
         keys = ", ".join(map(repr, record)) or "no fields"
         raise AssayError(f"{where} has neither 'text' nor 'prompt' and 'completion'; found {keys}.")
     for key in parts:
-        _check_text(f"{where}: '{key}'", record[key])
+        check_text(f"{where}: '{key}'", record[key])
     return Document(tuple(Segment(record[key], w) for key, w in parts.items()))
 
 
-def _check_text(where: str, text: Any) -> None:
+def weight_of(where: str, record: dict[str, Any]) -> float:
+    """The weight of a record in the training loss; 1 where it names none."""
+    weight = record.get("weight", 1.0)
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < 1e6:
+        raise AssayError(f"{where}: 'weight' is {weight!r}; expected a number, 0 or more.")
+    return float(weight)
+
+
+def check_text(where: str, text: Any) -> None:
+    """Raises AssayError if it is no text, or cannot be written as UTF-8."""
     if not isinstance(text, str):
         raise AssayError(f"{where} is {type(text).__name__}, not text.")
     try:
@@ -422,7 +457,7 @@ def _parquet(path: Path) -> Iterator[Document]:
             row = 0
             for batch in file.iter_batches(columns=["text"]):
                 for text in batch.column(0).to_pylist():
-                    _check_text(f"{path}: row {row}", text)
+                    check_text(f"{path}: row {row}", text)
                     yield _document(text)
                     row += 1
     except ArrowException as error:
@@ -442,6 +477,10 @@ def split(corpus: Corpus, held_out: float = 0.1) -> tuple[Corpus, Corpus]:
     Raises:
         AssayError: if either part would be empty.
     """
+    if corpus.kind == "pairs":
+        from assay.data import pairs
+
+        return pairs.split(corpus, held_out)
     if corpus.kind == "tokens":
         from assay.data.shards import Joined
 

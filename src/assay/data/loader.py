@@ -4,6 +4,9 @@ Every part is one row of ids, documents laid end to end, a separator (the end-of
 after each. Its first id is context only: the separator, or for a held-out part the last id of the
 training part. So each further id is predicted once from the one before it.
 
+A part of a corpus of pairs is two such rows, of the sources and of the targets, document i of
+each being pair i. A target is predicted after a start token: the one that begins a document.
+
 Everything drawn at random is a function of (seed, index), so a position in the data is a number.
 """
 
@@ -15,22 +18,24 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 
-from assay.data import cache, corpora, tokenizers
+from assay.data import cache, corpora, pairs, tokenizers
 from assay.data.corpora import Corpus, Document, TokenCorpus
+from assay.data.pairs import PairCorpus
 from assay.data.shards import Joined
 from assay.data.tokenizers import Tokenizer
 from assay.errors import AssayError
 from assay.spec.run import DataSpec
 
 type Batch = dict[str, np.ndarray]
-"""`tokens`, `targets` int32 [B, T]; perhaps `weights` float32 [B, T], of the targets; and for
-packed documents `segment_ids` (0 is padding) and `positions`, int32 [B, T]."""
+"""`tokens`, `targets` int32 [B, T]; perhaps `weights` float32 [B, T], of the targets; for packed
+documents and pairs `segment_ids` int32 [B, T] (0 is padding), for documents `positions` int32
+[B, T]; for pairs `source` int32 [B, S] and `source_mask` bool [B, S], False at padding."""
 
 PREFETCH = 8
 CACHE_FORMAT = "tokens-1"
@@ -67,15 +72,71 @@ class Tokens:
 
 
 @dataclass(frozen=True)
+class PairTokens:
+    """One part of one corpus of pairs as ids. Each source ends with the end-of-document token.
+
+    start: the id that stands before a target's first.
+    rows: int64 [rows], the pairs that are used; those too long for training are left out.
+    """
+
+    source: Tokens
+    target: Tokens
+    start: int
+    rows: np.ndarray
+
+    def within(self, seq_len: int, source_len: int) -> "PairTokens":
+        """The same without the pairs that are longer, in source or target."""
+        fits = (_lengths(self.target) <= seq_len) & (_lengths(self.source) <= source_len)
+        return replace(self, rows=np.flatnonzero(fits))
+
+    def longest(self) -> tuple[int, int]:
+        """Tokens of the longest target and of the longest source that are used."""
+        return tuple(int(_lengths(x)[self.rows].max()) for x in (self.target, self.source))
+
+    @property
+    def left_out(self) -> int:
+        return len(self.target.documents) - len(self.rows)
+
+    @property
+    def targets(self) -> int:
+        """Ids of all targets, ends among them."""
+        return self.target.targets
+
+    @property
+    def weights(self) -> np.ndarray | None:
+        return self.target.weights
+
+    @property
+    def bytes(self) -> int | None:
+        """UTF-8 bytes of all targets."""
+        return self.target.bytes
+
+    @property
+    def scored_bytes(self) -> int | None:
+        return self.target.scored_bytes
+
+    @property
+    def unknown(self) -> int:
+        return self.target.unknown
+
+
+def _lengths(tokens: Tokens) -> np.ndarray:
+    return tokens.documents[:, 1] - tokens.documents[:, 0]
+
+
+type Part = Tokens | PairTokens
+
+
+@dataclass(frozen=True)
 class Prepared:
     """A DataSpec's corpora as ids: of each a training, a held-out and perhaps a validation part."""
 
     spec: DataSpec
     tokenizer: Tokenizer
-    train: tuple[Tokens, ...]
-    held_out: tuple[Tokens, ...]
+    train: tuple[Part, ...]
+    held_out: tuple[Part, ...]
     fingerprints: tuple[str, ...]
-    validation: tuple[Tokens, ...] = ()
+    validation: tuple[Part, ...] = ()
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -108,6 +169,11 @@ class Prepared:
         """UTF-8 bytes of the held-out text; separators have none."""
         return _sum(part.bytes for part in self.held_out)
 
+    @property
+    def left_out(self) -> int:
+        """Pairs of the training parts that are too long."""
+        return sum(part.left_out for part in self.train if isinstance(part, PairTokens))
+
     def summary(self) -> dict[str, Any]:
         """What `run.json` keeps of the data."""
         sources = [
@@ -124,6 +190,9 @@ class Prepared:
                 self.spec.sources, self.fingerprints, self.train, self.held_out, strict=True
             )
         ]
+        for about, part in zip(sources, self.train, strict=True):
+            if isinstance(part, PairTokens):
+                about |= {"pairs": len(part.rows), "pairs_left_out": part.left_out}
         for about, part in zip(sources, self.validation, strict=False):  # perhaps there is none
             about |= {"validation_bytes": part.bytes, "validation_tokens": part.targets}
         return {
@@ -154,13 +223,19 @@ def prepare(spec: DataSpec, tokenizer: Tokenizer | None = None) -> Prepared:
         AssayError: for all that is wrong with a corpus; if a training part is shorter than one
             window; if shards hold ids that the vocabulary does not.
     """
-    sources = [corpora.open_corpus(source.corpus) for source in spec.sources]
+    open_one = pairs.open_pairs if spec.packing == "pairs" else corpora.open_corpus
+    sources = [open_one(source.corpus) for source in spec.sources]
     parts = [_parts(corpus, spec) for corpus in sources]
     if tokenizer is None:
         tokenizer = _tokenizer(spec, sources, [train for train, *_ in parts])
     train, held_out, validation = [], [], []
     for corpus, (first, *middle, last) in zip(sources, parts, strict=True):
         key = _cut_key(corpus, spec)
+        if corpus.kind == "pairs":
+            train.append(_training_pairs(tokenize_pairs(first, tokenizer, f"{key} train"), spec))
+            validation += [tokenize_pairs(part, tokenizer, f"{key} middle") for part in middle]
+            held_out.append(tokenize_pairs(last, tokenizer, f"{key} held-out"))
+            continue
         train.append(tokenize(first, tokenizer, key=f"{key} train"))
         found = len(train[-1])
         if found < spec.seq_len + 1:
@@ -175,6 +250,40 @@ def prepare(spec: DataSpec, tokenizer: Tokenizer | None = None) -> Prepared:
         held_out.append(tokenize(last, tokenizer, context, key=f"{key} held-out"))
     fingerprints = tuple(corpus.fingerprint for corpus in sources)
     return Prepared(spec, tokenizer, tuple(train), tuple(held_out), fingerprints, tuple(validation))
+
+
+def tokenize_pairs(corpus: PairCorpus, tokenizer: Tokenizer, key: str | None = None) -> PairTokens:
+    """A whole corpus of pairs as ids, from the cache folder where it was done before.
+
+    Raises:
+        AssayError: if the tokenizer has no token that ends a text, or makes nothing of one.
+    """
+    if tokenizer.eos_id is None:
+        raise AssayError(
+            f"{corpus.name}: the tokenizer '{tokenizer.kind}' has no token that ends a text, "
+            f"without which no target would end; name another."
+        )
+    key = key or corpus.fingerprint
+    source = tokenize(corpus.sources, tokenizer, key=f"{key} sources")
+    target = tokenize(corpus.targets, tokenizer, key=f"{key} targets")
+    if len(source.documents) != len(target.documents):
+        raise AssayError(
+            f"{corpus.name}: the tokenizer makes no token at all of some source or target; "
+            f"perhaps it is only white space."
+        )
+    start = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
+    return PairTokens(source, target, start, np.arange(len(target.documents)))
+
+
+def _training_pairs(part: PairTokens, spec: DataSpec) -> PairTokens:
+    fitting = part.within(spec.seq_len, spec.room_for_source)
+    if not len(fitting.rows):
+        target, source = part.longest()
+        raise AssayError(
+            f"data.seq_len: no pair fits into {spec.seq_len} tokens of target and "
+            f"{spec.room_for_source} of source; the longest have {target} and {source}."
+        )
+    return fitting
 
 
 def _parts(corpus: Corpus, spec: DataSpec) -> tuple[Corpus, ...]:
@@ -452,6 +561,38 @@ def _batch(
     return batch
 
 
+class _OneEach:
+    """Pairs: row i is one pair, that of the part's `rows[i]`."""
+
+    def __init__(self, part: PairTokens):
+        self.rows = part.rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def spans(self, index: int, epoch: int = 0) -> int:
+        return int(self.rows[index])
+
+
+def _pair_batch(rows: list[tuple[PairTokens, int | None]], seq_len: int, source_len: int) -> Batch:
+    """Gathers pairs, one a row; None is a row of padding."""
+    spans = [
+        [] if pair is None else [tuple(part.target.documents[pair].tolist())] for part, pair in rows
+    ]
+    targets = [(part.target, span) for (part, _), span in zip(rows, spans, strict=True)]
+    batch = _batch(targets, seq_len, weighted=True, packed=True)
+    del batch["positions"]  # there is one segment a row
+    batch["source"] = np.zeros((len(rows), source_len), np.int32)
+    batch["source_mask"] = np.zeros((len(rows), source_len), bool)
+    for b, (part, pair) in enumerate(rows):
+        if pair is not None:
+            batch["tokens"][b, 0] = part.start
+            start, end = part.source.documents[pair]
+            batch["source"][b, : end - start] = part.source.ids[start:end]
+            batch["source_mask"][b, : end - start] = True
+    return batch
+
+
 # ---------------------------------------------------------------------------- training batches
 
 
@@ -537,11 +678,14 @@ def batches(
             f"divide."
         )
     seeds = np.random.SeedSequence(seed).generate_state(len(prepared.train)).tolist()
-    packed = spec.packing == "documents"
-    plans = [
-        _Packed(part, spec.seq_len) if packed else _Windows(part, spec.seq_len, source_seed)
-        for part, source_seed in zip(prepared.train, seeds, strict=True)
-    ]
+    packed, paired = spec.packing == "documents", spec.packing == "pairs"
+
+    def plan(part: Part, source_seed: int) -> _Windows | _Packed | _OneEach:
+        if paired:
+            return _OneEach(part)
+        return _Packed(part, spec.seq_len) if packed else _Windows(part, spec.seq_len, source_seed)
+
+    plans = [plan(*both) for both in zip(prepared.train, seeds, strict=True)]
     weighted = packed or any(part.weights is not None for part in prepared.train)
 
     def examples(source: int) -> Any:
@@ -553,12 +697,10 @@ def batches(
 
     def gather(rows: list[tuple[int, int, int]]) -> Batch:
         mine = rows[process_index * local : (process_index + 1) * local]
-        return _batch(
-            [(prepared.train[s], plans[s].spans(row, epoch)) for s, row, epoch in mine],
-            spec.seq_len,
-            weighted=weighted,
-            packed=packed,
-        )
+        chosen = [(prepared.train[s], plans[s].spans(row, epoch)) for s, row, epoch in mine]
+        if paired:
+            return _pair_batch(chosen, spec.seq_len, spec.room_for_source)
+        return _batch(chosen, spec.seq_len, weighted=weighted, packed=packed)
 
     mixed = grain.MapDataset.mix(
         [examples(source) for source in range(len(plans))],
@@ -569,6 +711,7 @@ def batches(
         "seed": seed,
         "seq_len": spec.seq_len,
         "batch_size": spec.batch_size,
+        **({"source_len": spec.room_for_source} if paired else {}),
     }
     return Batches(mixed.batch(spec.batch_size, batch_fn=gather), identity, start)
 
@@ -660,21 +803,70 @@ class Evaluation:
         return batch
 
 
+@dataclass(frozen=True)
+class PairEvaluation:
+    """Batches that predict every target of some parts once, whole, each from its own source.
+
+    They are as long as the longest target and source, whatever training's room is.
+    """
+
+    pairs: tuple[PairTokens, ...]
+    batch_size: int
+
+    unscored = 0  # the start token stands before each target
+
+    @property
+    def parts(self) -> tuple[Tokens, ...]:
+        return tuple(part.target for part in self.pairs)
+
+    @property
+    def seq_len(self) -> int:
+        return max(part.longest()[0] for part in self.pairs)
+
+    @property
+    def source_len(self) -> int:
+        return max(part.longest()[1] for part in self.pairs)
+
+    @property
+    def stride(self) -> int:
+        return self.seq_len
+
+    @property
+    def bytes(self) -> int | None:
+        """UTF-8 bytes of the targets."""
+        return _sum(part.scored_bytes for part in self.pairs)
+
+    def __len__(self) -> int:
+        return math.ceil(sum(len(part.rows) for part in self.pairs) / self.batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Batches with `weights` 0 or 1; the last one is filled with rows of weight 0."""
+        seq_len, source_len = self.seq_len, self.source_len
+        rows = [(part, int(row)) for part in self.pairs for row in part.rows]
+        for start in range(0, len(rows), self.batch_size):
+            chosen = rows[start : start + self.batch_size]
+            chosen += [(chosen[0][0], None)] * (self.batch_size - len(chosen))
+            batch = _pair_batch(chosen, seq_len, source_len)
+            batch["weights"] = (batch["weights"] > 0).astype(np.float32)
+            yield batch
+
+
 def evaluation_batches(
-    data: Prepared | Iterable[Tokens],
+    data: Prepared | Iterable[Part],
     batch_size: int,
     seq_len: int | None = None,
     stride: int | None = None,
     packing: str | None = None,
     part: str = "held_out",
-) -> Evaluation:
+) -> Evaluation | PairEvaluation:
     """The held-out parts (or any), every token predicted exactly once, in order.
 
     `part` names those of prepared data: held_out or validation.
 
     Stream packing: windows of `seq_len` that start every `stride` (by default they do not
     overlap); of a window that overlaps the one before only the new targets have weight. Documents
-    packing: as in training, no document sees another. Training weights count as 0 or 1.
+    packing: as in training, no document sees another. Pairs: a row each, whole. Training weights
+    count as 0 or 1.
 
     Raises:
         AssayError: if the stride is not in 1 to seq_len, or with packed documents.
@@ -682,6 +874,9 @@ def evaluation_batches(
     if isinstance(data, Prepared):
         seq_len, packing = seq_len or data.spec.seq_len, packing or data.spec.packing
         data = data.validation if part == "validation" else data.held_out
+    data = tuple(data)
+    if packing == "pairs":
+        return PairEvaluation(data, batch_size)
     if seq_len is None:
         raise AssayError("evaluation: seq_len is required where only tokens are given.")
     packed = packing == "documents"
@@ -691,4 +886,4 @@ def evaluation_batches(
             f"stride: found {stride}; legal are 1 to seq_len ({seq_len}), and seq_len alone "
             f"where documents are packed."
         )
-    return Evaluation(tuple(data), batch_size, seq_len, stride, packed)
+    return Evaluation(data, batch_size, seq_len, stride, packed)

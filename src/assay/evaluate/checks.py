@@ -4,12 +4,15 @@ Values (causality, cache, batch, bfloat16) are checked on the model as it is. Wh
 architecture whatever its weights (gradients) is checked on random ones, since weights of zero, as
 some projections begin, would hide a leak and stop a gradient alike.
 
-Axes: B rows, T tokens, V vocabulary, D model.
+A stack that is not causal only encodes: every place must see both ways, and padding nothing. An
+encoder-decoder is held to what a decoder is, given a source, and must see all of the source.
+
+Axes: B rows, T tokens, S source tokens, V vocabulary, D model.
 """
 
 import math
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -60,6 +63,10 @@ CANCELS = 1e-3
 """A gradient that cancels leaves rounding noise: allowed, as a share of the key matrix's."""
 
 
+EMPTY: Mapping[str, Array] = {}
+"""What a model without an encoder is given besides its tokens."""
+
+
 @dataclass(frozen=True)
 class Check:
     """One proof: what was the worst seen, where, and what it means."""
@@ -108,19 +115,31 @@ def check(
         model = model if compute is None else computing(model, compute)
         random = at_random(model, seed)
     sample = Sample(model.spec, seed)
-    checks = (
-        causality_values(model, sample),
-        causality_gradient(random, sample),
-        cache_equality(model, sample),
+    checks = []
+    if model.spec.decoder.causal:
+        checks += [
+            causality_values(model, sample),
+            causality_gradient(random, sample),
+            cache_equality(model, sample),
+        ]
+    else:
+        checks += [sees_both_ways(random, sample), padding_is_hidden(model, sample)]
+    if model.spec.encoder is not None:
+        checks += [sees_the_source(random, sample), source_padding_is_hidden(model, sample)]
+    checks += [
         batch_independence(model, sample),
         gradients_reach(random, sample),
         finite_bf16(model, sample),
-    )
-    return Report(all(c.passed for c in checks), checks)
+    ]
+    return Report(all(c.passed for c in checks), tuple(checks))
 
 
 class Sample:
-    """Random tokens and targets [B, T], a key for the training forward, and a generator."""
+    """Random tokens and targets [B, T], a key for the training forward, and a generator.
+
+    `given` is what a model with an encoder is called with besides: sources [B, S] of different
+    lengths, S being three quarters of T, and their mask.
+    """
 
     def __init__(self, spec: TransformerSpec, seed: int):
         self.rng = np.random.default_rng(seed)
@@ -129,15 +148,23 @@ class Sample:
         self.tokens = self.rng.integers(self.vocab, size=shape, dtype=np.int32)
         self.targets = self.rng.integers(self.vocab, size=shape, dtype=np.int32)
         self.key = jax.random.key(seed)
+        self.given: dict[str, np.ndarray] = {}
+        if spec.encoder is not None:
+            s = max(1, 3 * shape[1] // 4)
+            lengths = np.linspace(s, max(1, s // 2), ROWS).astype(int)
+            source = self.rng.integers(self.vocab, size=(ROWS, s), dtype=np.int32)
+            mask = np.arange(s) < lengths[:, None]
+            self.given = {"source": source, "source_mask": mask}
 
     @property
     def length(self) -> int:
         return self.tokens.shape[1]
 
-    def others(self) -> Int32[np.ndarray, "b t"]:
-        """Tokens that differ from the sample's at every place."""
-        shift = self.rng.integers(1, max(self.vocab, 2), size=self.tokens.shape)
-        return ((self.tokens + shift) % self.vocab).astype(np.int32)
+    def others(self, tokens: np.ndarray | None = None) -> Int32[np.ndarray, "b t"]:
+        """Tokens that differ from these (the sample's own) at every place."""
+        tokens = self.tokens if tokens is None else tokens
+        shift = self.rng.integers(1, max(self.vocab, 2), size=tokens.shape)
+        return ((tokens + shift) % self.vocab).astype(np.int32)
 
 
 # ---------------------------------------------------------------------------- causality
@@ -145,30 +172,37 @@ class Sample:
 
 @jax.jit
 def both_outputs(
-    model: Transformer, tokens: Int32[Array, "b t"], key: Key[Array, ""]
+    model: Transformer,
+    tokens: Int32[Array, "b t"],
+    key: Key[Array, ""],
+    given: Mapping[str, Array] = EMPTY,
 ) -> dict[str, Output]:
-    """The two ways a model is run.
+    """The two ways a model is run, `given` a source where it has an encoder.
 
     The training forward draws what training draws (dropout, routers' noise), and the same
     whatever the tokens; experts' capacity limits are so tight that choices are dropped.
     """
     if not _expert_layers(model):
-        training = model(tokens, key=key, train=True)
+        training = model(tokens, key=key, train=True, **given)
         return {
-            "evaluation": Output(model(tokens), None, ()),
+            "evaluation": Output(model(tokens, **given), None, ()),
             "training": Output(training, None, ()),
         }
     return {
-        "evaluation": model.forward(tokens),
-        "training": congested(model).forward(tokens, key=key, train=True),
+        "evaluation": model.forward(tokens, **given),
+        "training": congested(model).forward(tokens, key=key, train=True, **given),
     }
 
 
 def both_forwards(
-    model: Transformer, tokens: Int32[Array, "b t"], key: Key[Array, ""]
+    model: Transformer,
+    tokens: Int32[Array, "b t"],
+    key: Key[Array, ""],
+    given: Mapping[str, Array] = EMPTY,
 ) -> dict[str, Float32[Array, "b t v"]]:
     """Logits of `both_outputs`."""
-    return {path: output.logits for path, output in both_outputs(model, tokens, key).items()}
+    outputs = both_outputs(model, tokens, key, given)
+    return {path: output.logits for path, output in outputs.items()}
 
 
 def congested(model: Transformer, priority: str | None = None) -> Transformer:
@@ -183,7 +217,8 @@ def congested(model: Transformer, priority: str | None = None) -> Transformer:
 
 
 def _expert_layers(model: Transformer) -> list[Moe]:
-    blocks = (*model.stacked, *model.layers)
+    stacks = [stack for stack in (model.encoder, model) if stack is not None]
+    blocks = [block for stack in stacks for block in (*stack.stacked, *stack.layers)]
     return [b.feed_forward for b in blocks if isinstance(b.feed_forward, Moe)]
 
 
@@ -245,13 +280,14 @@ def causality_values(model: Transformer, sample: Sample) -> Check:
     Nor may an earlier token go to other experts, but where their scores all but tie.
     """
     model, exception = without_weight_priority(model, sample)
-    before, worst = both_outputs(model, sample.tokens, sample.key), _Worst()
+    before, worst = both_outputs(model, sample.tokens, sample.key, sample.given), _Worst()
     for start, name, tokens in _changed_futures(sample):
-        after = both_outputs(model, tokens, sample.key)
+        after = both_outputs(model, tokens, sample.key, sample.given)
         earlier = np.broadcast_to(np.arange(sample.length) < start, tokens.shape)
         for path, was in before.items():
             what = f"when {name} changed"
-            decisions = compare_decisions(was.routing, after[path].routing, earlier)
+            layers = slice(-len(_routed_layers(model.spec)) or None, None)  # the decoder's
+            decisions = compare_decisions(was.routing[layers], after[path].routing[layers], earlier)
             if decisions.leak:
                 worst.see(math.inf, f"{path} forward: {decisions.leak} {what}")
             difference = _difference(after[path].logits, was.logits)[:, :start]
@@ -283,11 +319,12 @@ def without_weight_priority(model: Transformer, sample: Sample) -> tuple[Transfo
     options = _by_weight(model.spec)
     if not options:
         return model, ""
-    before = both_forwards(model, sample.tokens, sample.key)["training"]
+    given = sample.given
+    before = both_forwards(model, sample.tokens, sample.key, given)["training"]
     moved = [
         (_difference(after, before)[:, :start] > SAME * _scale(before)).any()
         for start, _, tokens in _changed_futures(sample)
-        for after in [both_forwards(model, tokens, sample.key)["training"]]
+        for after in [both_forwards(model, tokens, sample.key, given)["training"]]
     ]
     graph, state = nnx.split(model)
     ordered = nnx.merge(graph, state)
@@ -298,6 +335,12 @@ def without_weight_priority(model: Transformer, sample: Sample) -> tuple[Transfo
         f"; exception: {options[0]}='weight' lets a later token push out an earlier one in "
         f"training (seen in {sum(moved)} of {len(moved)} changed futures); checked without it"
     )
+
+
+def _routed_layers(spec: TransformerSpec) -> list[int]:
+    """The decoder's layers of experts."""
+    layers = enumerate(block.feed_forward for block in spec.decoder.blocks())
+    return [i for i, layer in layers if layer is not None and layer.kind == "moe"]
 
 
 class _Nudged(nnx.Module):
@@ -318,6 +361,7 @@ def sight(
     key: Key[Array, ""],
     place: Int32[Array, ""],
     direction: Float32[Array, "b v"],
+    given: Mapping[str, Array] = EMPTY,
 ) -> dict[str, Float32[Array, "b t"]]:
     """How strongly the logits at one place depend on each token's embedding: max over D.
 
@@ -325,11 +369,13 @@ def sight(
     """
 
     def gradient(model, **options) -> Float32[Array, "b t"]:
+        source = {"source": model.encode(*given.values(), **options)} if given else {}
+
         def read(nudge) -> Float32[Array, "b v"]:
             graph, state = nnx.split(model)
             nudged = nnx.merge(graph, state)
             nudged.embedding = _Nudged(nudged.embedding, nudge)
-            logits = nudged(tokens, **options)
+            logits = nudged(tokens, **source, **options)
             return jax.lax.dynamic_index_in_dim(logits, place, axis=1, keepdims=False)
 
         shape = (*tokens.shape, model.spec.d_model)
@@ -348,7 +394,7 @@ def causality_gradient(model: Transformer, sample: Sample) -> Check:
     attends = any(_looks_back(block.attention) for block in model.spec.decoder.blocks())
     direction = sample.rng.normal(size=(ROWS, sample.vocab)).astype(np.float32)
     for place in _spread(0, sample.length - 1, 5):
-        seen = sight(model, sample.tokens, sample.key, np.int32(place), direction)
+        seen = sight(model, sample.tokens, sample.key, np.int32(place), direction, sample.given)
         for path, by_token in seen.items():
             by_token = np.nan_to_num(np.asarray(by_token), nan=np.inf)
             later = by_token[:, place + 1 :]
@@ -373,20 +419,155 @@ def _looks_back(attention: AttentionSpec | None) -> bool:
     return attention is not None and attention.window != 1
 
 
+# ---------------------------------------------------------------------------- encoders
+
+
+def sees_both_ways(model: Transformer, sample: Sample) -> Check:
+    """Logits have a gradient by every embedding, or with windows by some on either side."""
+    attentions = [block.attention for block in model.spec.decoder.blocks() if block.attention]
+    whole = any(attention.window is None for attention in attentions)
+    direction = sample.rng.normal(size=(ROWS, sample.vocab)).astype(np.float32)
+    places = np.arange(sample.length)
+    for place in _spread(0, sample.length - 1, 5):
+        seen = sight(model, sample.tokens, sample.key, np.int32(place), direction)
+        for path, by_token in seen.items():
+            sees = np.asarray(by_token) > 0
+            if whole:
+                blind = np.argwhere(~sees)
+            elif attentions:
+                sides = [side for side in (places < place, places > place) if side.any()]
+                blind = [(0, place) for side in sides if not sees[:, side].any(axis=1).all()]
+            else:
+                blind = np.argwhere(~sees[:, [place]])
+            if len(blind):
+                where = f"{path} forward: logits of token {place} do not see token {blind[0][1]}"
+                return Check("sees_both_ways", False, math.inf, where, "")
+    reach = "every" if whole else "some earlier and some later"
+    note = f"a gradient by {reach} embedding"
+    return Check("sees_both_ways", True, 0.0, "", note)
+
+
+def padding_is_hidden(model: Transformer, sample: Sample) -> Check:
+    """What stands at masked places changes no logit at the others."""
+    lengths = np.linspace(sample.length, max(1, sample.length // 2), ROWS).astype(int)
+    mask = np.arange(sample.length) < lengths[:, None]
+    before = both_forwards(model, sample.tokens, sample.key, {"mask": mask})
+    tokens, worst = np.where(mask, sample.tokens, sample.others()), _Worst()
+    for path, after in both_forwards(model, tokens, sample.key, {"mask": mask}).items():
+        difference = np.where(mask, _difference(after, before[path]), 0.0)
+        row, place = _argmax(difference)
+        worst.see(
+            difference.max() / _scale(before[path]),
+            f"{path} forward: logits of token {place} in row {row} moved when padding changed",
+        )
+    return worst.check("padding_is_hidden", SAME, "no logit moves when padding changes")
+
+
+@jax.jit
+def source_sight(
+    model: Transformer,
+    tokens: Int32[Array, "b t"],
+    key: Key[Array, ""],
+    place: Int32[Array, ""],
+    direction: Float32[Array, "b v"],
+    given: Mapping[str, Array],
+) -> dict[str, Float32[Array, "b s"]]:
+    """How strongly the logits at one place depend on each source token's embedding, as `sight`."""
+
+    def gradient(model, **options) -> Float32[Array, "b s"]:
+        def read(nudge) -> Float32[Array, "b v"]:
+            graph, state = nnx.split(model)
+            nudged = nnx.merge(graph, state)
+            own = model.source_embedding is not None
+            name = "source_embedding" if own else "embedding"
+            setattr(nudged, name, _Nudged(getattr(nudged, name), nudge))
+            source = nudged.encode(*given.values(), **options)
+            logits = model(tokens, source=source, **options)
+            return jax.lax.dynamic_index_in_dim(logits, place, axis=1, keepdims=False)
+
+        shape = (*given["source"].shape, model.spec.d_model)
+        _, pullback = jax.vjp(read, jnp.zeros(shape, jnp.float32))
+        return jnp.max(jnp.abs(pullback(direction)[0]), axis=-1)
+
+    return {
+        "evaluation": gradient(model),
+        "training": gradient(congested(model), key=key, train=True),
+    }
+
+
+def sees_the_source(model: Transformer, sample: Sample) -> Check:
+    """Logits have a gradient by every real source token, and of exactly 0 by padding."""
+    mask = sample.given["source_mask"]
+    direction = sample.rng.normal(size=(ROWS, sample.vocab)).astype(np.float32)
+    worst = _Worst()
+    for place in _spread(0, sample.length - 1, 3):
+        seen = source_sight(
+            model, sample.tokens, sample.key, np.int32(place), direction, sample.given
+        )
+        for path, by_token in seen.items():
+            by_token = np.nan_to_num(np.asarray(by_token), nan=np.inf)
+            hidden = np.where(mask, 0.0, by_token)
+            row, at = _argmax(hidden)
+            worst.see(
+                hidden.max() / max(by_token.max(), np.finfo(np.float32).tiny),
+                f"{path} forward: logits of token {place} have a gradient by the padding at "
+                f"source token {at} in row {row}",
+            )
+            blind = np.argwhere(mask & (by_token == 0))
+            if len(blind):
+                row, at = blind[0]
+                worst.see(
+                    math.inf,
+                    f"{path} forward: logits of token {place} have no gradient by source token "
+                    f"{at} in row {row}",
+                )
+    return worst.check("sees_the_source", 0.0, "a gradient by every source token, 0 by padding")
+
+
+def source_padding_is_hidden(model: Transformer, sample: Sample) -> Check:
+    """Other tokens in the source's padding change no logit; nor does more padding, but rounding."""
+    source, mask = sample.given.values()
+    before = both_forwards(model, sample.tokens, sample.key, sample.given)
+    worst = _Worst()
+    other = {"source": np.where(mask, source, sample.others(source)), "source_mask": mask}
+    for path, after in both_forwards(model, sample.tokens, sample.key, other).items():
+        difference = _difference(after, before[path])
+        row, place = _argmax(difference)
+        worst.see(
+            difference.max() / _scale(before[path]),
+            f"{path} forward: logits of token {place} in row {row} moved when padding changed",
+        )
+    wider = ((0, 0), (0, min(8, model.spec.context - source.shape[1])))
+    longer = {"source": np.pad(source, wider), "source_mask": np.pad(mask, wider)}
+    after = both_forwards(model, sample.tokens, sample.key, longer)["evaluation"]
+    difference = _difference(after, before["evaluation"])
+    row, place = _argmax(difference)
+    ratio = difference.max() / _scale(before["evaluation"])
+    if not ratio <= CLOSE[model.compute.dtype]:
+        worst.see(ratio, f"logits of token {place} in row {row} moved with more padding")
+    note = f"no logit moves when padding changes, and by {ratio:.1e} when there is more of it"
+    return worst.check("source_padding_is_hidden", SAME, note)
+
+
 # ---------------------------------------------------------------------------- cache and batch
 
 
 @partial(jax.jit, static_argnames="prompt")
 def decoded(
-    model: Transformer, tokens: Int32[Array, "b t"], lengths: Int32[Array, "b"], prompt: int
+    model: Transformer,
+    tokens: Int32[Array, "b t"],
+    lengths: Int32[Array, "b"],
+    prompt: int,
+    given: Mapping[str, Array] = EMPTY,
 ) -> tuple[Float32[Array, "b p v"], Float32[Array, "s b v"]]:
     """Logits of a prefill of `prompt` tokens, and of decoding the rest from each row's length.
 
-    Step i of the second stands at place `lengths + i`; past the row's end it means nothing.
+    Step i of the second stands at place `lengths + i`; past the row's end it means nothing. A
+    source is given to the prefill alone.
     """
     rows, total = tokens.shape
     cache = empty_cache(model.spec, rows, total, model.compute.dtype)
-    first, cache = model(tokens[:, :prompt], cache=cache)
+    first, cache = model(tokens[:, :prompt], cache=cache, **given)
 
     def step(cache, i):
         places = jnp.minimum(lengths + i, total - 1)
@@ -400,11 +581,12 @@ def decoded(
 
 def cache_equality(model: Transformer, sample: Sample) -> Check:
     """Prompts of different lengths prefilled together, then token by token: as the full forward."""
-    full = np.asarray(both_forwards(model, sample.tokens, sample.key)["evaluation"])
+    full = both_forwards(model, sample.tokens, sample.key, sample.given)["evaluation"]
+    full = np.asarray(full)
     total, worst = sample.length, _Worst()
     prompt = max(1, total // 2)
     lengths = np.linspace(prompt, 1, ROWS).astype(np.int32)
-    first, later = map(np.asarray, decoded(model, sample.tokens, lengths, prompt))
+    first, later = map(np.asarray, decoded(model, sample.tokens, lengths, prompt, sample.given))
     for row, length in enumerate(lengths):
         cached = np.concatenate([first[row, :length], later[: total - length, row]])
         difference = _difference(cached, full[row])
@@ -420,12 +602,16 @@ def cache_equality(model: Transformer, sample: Sample) -> Check:
 
 def batch_independence(model: Transformer, sample: Sample) -> Check:
     """All rows but one are replaced: that one's logits may not change."""
-    before, worst = both_forwards(model, sample.tokens, sample.key), _Worst()
-    others = sample.others()
+    before, worst = both_forwards(model, sample.tokens, sample.key, sample.given), _Worst()
+    others, given = sample.others(), dict(sample.given)
+    other_sources = sample.others(given["source"]) if given else None
     for row in range(ROWS):
         tokens = others.copy()
         tokens[row] = sample.tokens[row]
-        after = both_forwards(model, tokens, sample.key)
+        if given:
+            given["source"] = other_sources.copy()
+            given["source"][row] = sample.given["source"][row]
+        after = both_forwards(model, tokens, sample.key, given)
         for path in before:
             difference = _difference(after[path], before[path])[row]
             worst.see(
@@ -454,40 +640,50 @@ class Unreached:
 
 
 def unreached(
-    spec: TransformerSpec, tokens: Int32[np.ndarray, "b t"], routing: tuple[Routing, ...] = ()
+    spec: TransformerSpec,
+    tokens: Int32[np.ndarray, "b t"],
+    routing: tuple[Routing, ...] = (),
+    given: Mapping[str, np.ndarray] = EMPTY,
 ) -> Iterator[tuple[str, Unreached]]:
     """The proved exceptions: parameters, by name, that get no gradient from these tokens."""
     yield from _unreached_by_routing(spec, routing)
     rows = np.arange(spec.padded_vocab)
     padding = rows >= spec.vocab_size
     tied = spec.head is not None and spec.head.tied
-    absent = ~np.isin(rows, tokens)
+    read = given["source"][given["source_mask"]] if given else tokens[:0]
+    own = spec.source_embedding is not None
+    absent = ~np.isin(rows, tokens if own else np.concatenate([tokens.ravel(), read.ravel()]))
     if padding.any():
         why = "these rows only pad the vocabulary"
-        for name in ("embedding.table", "head.w", "head.b"):
+        for name in ("embedding.table", "source_embedding.table", "head.w", "head.b"):
             yield name, Unreached(padding, why)
+    why = "these tokens are not in the batch"
     if not tied:
-        yield "embedding.table", Unreached(absent, "these tokens are not in the batch")
-    beyond = np.arange(spec.context) >= tokens.shape[1]
-    yield "embedding.positions", Unreached(beyond, "these places are not in the batch")
-    for i, block in enumerate(spec.decoder.blocks()):
-        attention = block.attention
-        if attention is None or attention.positions.kind == "rope" or attention.softcap:
-            continue  # a rotation or a cap makes the scores differ by more than a constant
-        # q . (k + b) = q . k + q . b: the same for every key, which the softmax does not see.
-        name = "k.b" if attention.qk_norm is None else "k_norm.bias"
-        yield (
-            f"layers.{i}.attention.{name}",
-            Unreached(np.ones(1, bool), "it cancels in the softmax", cancels=True),
-        )
+        yield "embedding.table", Unreached(absent, why)
+    yield "source_embedding.table", Unreached(~np.isin(rows, read), why)
+    places, source = np.arange(spec.context), given["source"].shape[1] if given else 0
+    beyond = places >= (tokens.shape[1] if own else max(tokens.shape[1], source))
+    why = "these places are not in the batch"
+    yield "embedding.positions", Unreached(beyond, why)
+    yield "source_embedding.positions", Unreached(places >= source, why)
+    for layer, block in spec.layers():
+        for part, attention in block.attentions().items():
+            if attention.positions.kind == "rope" or attention.softcap:
+                continue  # a rotation or a cap makes the scores differ by more than a constant
+            # q . (k + b) = q . k + q . b: the same for every key, which the softmax does not see.
+            name = "k.b" if attention.qk_norm is None else "k_norm.bias"
+            yield (
+                f"{layer}.{part}.{name}",
+                Unreached(np.ones(1, bool), "it cancels in the softmax", cancels=True),
+            )
 
 
 def _unreached_by_routing(
     spec: TransformerSpec, routing: tuple[Routing, ...]
 ) -> Iterator[tuple[str, Unreached]]:
     records, all_of_it = iter(routing), np.ones(1, bool)
-    for i, block in enumerate(spec.decoder.blocks()):
-        layer, path = block.feed_forward, f"layers.{i}.feed_forward"
+    for name, block in spec.layers():
+        layer, path = block.feed_forward, f"{name}.feed_forward"
         if layer is None or layer.kind != "moe":
             continue
         record, router = next(records), layer.router
@@ -514,13 +710,16 @@ def _unreached_by_routing(
 
 @jax.jit
 def gradients(
-    model: Transformer, tokens: Int32[Array, "b t"], targets: Int32[Array, "b t"]
+    model: Transformer,
+    tokens: Int32[Array, "b t"],
+    targets: Int32[Array, "b t"],
+    given: Mapping[str, Array] = EMPTY,
 ) -> tuple[Float32[Array, "b t v"], tuple[Routing, ...], Transformer]:
     """Logits, what the routers did, and the mean loss's gradient as a model."""
 
     def loss(model):
-        routed = model.forward(tokens) if _expert_layers(model) else None
-        logits = routed.logits if routed else model(tokens)
+        routed = model.forward(tokens, **given) if _expert_layers(model) else None
+        logits = routed.logits if routed else model(tokens, **given)
         return jnp.mean(token_losses(logits, targets)), (logits, routed.routing if routed else ())
 
     gradient, (logits, routing) = jax.grad(loss, has_aux=True)(model)
@@ -534,11 +733,12 @@ def gradients_reach(model: Transformer, sample: Sample) -> Check:
     a unit that no token of the batch activates is chance.
     """
     model = computing(model, model.compute.replace(dtype="float32"))
-    _, routing, gradient = gradients(model, sample.tokens, sample.targets)
+    given = sample.given
+    _, routing, gradient = gradients(model, sample.tokens, sample.targets, given)
     sizes = {name: _units(name, np.asarray(g)) for name, g in named_parameters(gradient).items()}
     excused = {name: np.zeros(len(units), bool) for name, units in sizes.items()}
     wrong, notes = [], []
-    for name, exception in unreached(model.spec, sample.tokens, routing):
+    for name, exception in unreached(model.spec, sample.tokens, routing, given):
         if name not in sizes or not exception.units.any():
             continue
         allowed = 0.0
@@ -563,16 +763,18 @@ def gradients_reach(model: Transformer, sample: Sample) -> Check:
 
 def _beside(name: str) -> str:
     """The matrix whose gradient is the measure of what cancels in a parameter's."""
-    layer = name.split(".attention.")[0].split(".feed_forward.")[0]
-    inner = "attention.k.w" if ".attention." in name else "feed_forward.experts.down.w"
-    return f"{layer}.{inner}"
+    for part, inner in (("attention", "k.w"), ("cross", "k.w"), ("feed_forward", "experts.down.w")):
+        layer, found, _ = name.partition(f".{part}.")
+        if found:
+            return f"{layer}.{part}.{inner}"
+    raise NotImplementedError(name)
 
 
 def _units(name: str, gradient: np.ndarray) -> np.ndarray:
     """The largest gradient in each unit: a table's row, a vocabulary column, an expert, or all."""
     size = np.abs(gradient)
     match name:
-        case "embedding.table" | "embedding.positions":
+        case _ if name.split(".")[0].endswith("embedding") and size.ndim == 2:
             return size.max(axis=1)
         case "head.w":
             return size.max(axis=0)
@@ -598,10 +800,10 @@ def finite_bf16(model: Transformer, sample: Sample) -> Check:
     """
     name = "finite_bf16"
     exact = computing(model, model.compute.replace(dtype="float32"))
-    wanted, routing, _ = gradients(exact, sample.tokens, sample.targets)
+    wanted, routing, _ = gradients(exact, sample.tokens, sample.targets, sample.given)
     wanted = np.asarray(wanted)
     rounded = computing(model, model.compute.replace(dtype="bfloat16"))
-    logits, rerouting, gradient = gradients(rounded, sample.tokens, sample.targets)
+    logits, rerouting, gradient = gradients(rounded, sample.tokens, sample.targets, sample.given)
     found = {"logits": logits}
     found |= {f"gradient of {k}": g for k, g in named_parameters(gradient).items()}
     for what, array in found.items():
@@ -609,7 +811,9 @@ def finite_bf16(model: Transformer, sample: Sample) -> Check:
             return Check(name, False, math.inf, what, "not finite in bfloat16")
     same = np.ones(sample.tokens.shape, bool)
     for a, b in zip(routing, rerouting, strict=True):
-        same &= (_taken(a) == _taken(b)).all(axis=-1)
+        alike = (_taken(a) == _taken(b)).all(axis=-1)
+        # An encoder's token that goes elsewhere moves every logit of its row.
+        same &= alike if alike.shape == same.shape else alike.all(axis=-1, keepdims=True)
     error = np.where(same[..., None], np.asarray(logits, np.float64) - wanted, 0.0)
     centred = wanted - wanted.mean(axis=-1, keepdims=True)
     ratio = _rms(error[same]) / max(_rms(centred[same]), np.finfo(np.float32).tiny)

@@ -87,8 +87,9 @@ def evaluate(model: Transformer, batches: ScoredBatches) -> Evaluation:
     the host, one batch behind the device.
 
     Raises:
-        AssayError: if there is no token to score.
+        AssayError: if there is no token to score, or if learned positions end before a window.
     """
+    _check_positions(model, batches)
     started = time.perf_counter()
     nats, scored, pending = 0.0, 0, None
     for batch in batches:
@@ -114,6 +115,21 @@ def evaluate(model: Transformer, batches: ScoredBatches) -> Evaluation:
         unknown=unknown,
         seconds=time.perf_counter() - started,
     )
+
+
+def _check_positions(model: Transformer, batches: ScoredBatches) -> None:
+    spec = model.spec
+    lengths = {"target": (spec.embedding, batches.seq_len)}
+    if spec.encoder is not None:
+        own = spec.source_embedding or spec.embedding
+        lengths["source"] = own, getattr(batches, "source_len", 0)
+    for what, (embedding, length) in lengths.items():
+        if embedding.positions.kind == "learned" and length > spec.context:
+            what = what if spec.encoder is not None else "window"
+            raise AssayError(
+                f"evaluation: a {what} of {length} tokens is longer than the model's learned "
+                f"positions, which end at {spec.context}."
+            )
 
 
 @jax.jit

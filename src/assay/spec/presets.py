@@ -780,6 +780,37 @@ nano_char = vary(
     embedding=no_positions,
     block={"attention": {"kv_heads": None}, "feed_forward": {"hidden": 512}, "dropout": 0.0},
 )
+# Its like with an encoder, for tasks of a minute.
+nano_seq2seq = with_encoder(
+    vary(
+        nano,
+        vocab_size=257,
+        d_model=128,
+        context=64,
+        embedding=EmbeddingSpec(dropout=0.0),
+        stack={"num_layers": 2},
+        block={"attention": {"kv_heads": None}, "feed_forward": {"hidden": 512}, "dropout": 0.0},
+    )
+)
+register(
+    "nano-seq2seq",
+    "small",
+    "Assay's own, an encoder-decoder",
+    nano_seq2seq,
+    RunSpec(
+        model=nano_seq2seq,
+        data=DataSpec(
+            sources=(SourceSpec(corpus="reverse-pairs"),),
+            packing="pairs",
+            seq_len=16,
+            batch_size=64,
+        ),
+        optimizer=MuonSpec(),
+        schedule=LinearSchedule(warmup=20),
+        train=TrainSpec(budget=BudgetSpec(amount=600)),
+    ),
+)
+
 register(
     "nano-char",
     "small",

@@ -99,6 +99,13 @@ def _train(
     tokenizer = tokenizers.load(out) if resume and (out / tokenizers.FILE).is_file() else None
     prepared = loader.prepare(run.data, tokenizer)
     run = run.replace(model=run.model.with_vocab(prepared.tokenizer.vocab_size))
+    if not run.model.decoder.causal:
+        raise AssayError(
+            "model.decoder.causal: found false; training predicts the next token, which such a "
+            "stack would see."
+        )
+    if prepared.left_out:
+        reporter.note(f"{prepared.left_out:,} pairs are too long for data.seq_len: left out.")
     _open_folder(out, run, prepared, resume)
     held_out = loader.evaluation_batches(prepared, run.data.batch_size, part=run.train.score)
 
