@@ -378,8 +378,8 @@ CASES: dict[str, Case] = {
         "kind": "normal", "gain": 2.0, "distribution": "uniform"})),
     **name_all("ZeroInit", models(ZERO, WEIGHTS, {"kind": "normal"})),
     **name_all("InitSpec", models(UNTIED, "init", {
-        "weights": "fan_in", "queries": {"kind": "fan_in"}, "residual": "same", "embedding": "fan_in",
-        "head": {"kind": "zero"}})),
+        "weights": "fan_in", "queries": {"kind": "fan_in"}, "residual": "same",
+        "embedding": "fan_in", "head": {"kind": "zero"}})),
     # ---- blocks
     **name_all("QkNorm", models(QK_NORM, f"{ATTENTION}.qk_norm", {
         "norm": "layernorm", "over": "projection"})),
