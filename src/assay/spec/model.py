@@ -599,6 +599,12 @@ class TransformerSpec(Spec):
             for i, block in enumerate(stack.blocks() if stack else ()):
                 yield f"{prefix}layers.{i}", block
 
+    def patterns(self) -> Iterator[tuple[str, BlockSpec]]:
+        """Every block of the stacks' patterns, by its path: `decoder.pattern.0`."""
+        for name, stack in (("decoder", self.decoder), ("encoder", self.encoder)):
+            for i, block in enumerate(stack.pattern if stack else ()):
+                yield f"{name}.pattern.{i}", block
+
     @model_validator(mode="after")
     def _fits(self):
         if self.head is None and (self.d_model != self.vocab_size or self.vocab_multiple != 1):
@@ -628,10 +634,9 @@ class TransformerSpec(Spec):
 
     def _attentions(self) -> Iterator[tuple[str, AttentionSpec]]:
         """(path, attention) of every attention in the patterns."""
-        for name, stack in (("decoder", self.decoder), ("encoder", self.encoder)):
-            for i, block in enumerate(stack.pattern if stack else ()):
-                for part, attention in block.attentions().items():
-                    yield f"{name}.pattern.{i}.{part}", attention
+        for path, block in self.patterns():
+            for part, attention in block.attentions().items():
+                yield f"{path}.{part}", attention
 
     def _check_encoder(self) -> None:
         crossing = [i for i, block in enumerate(self.decoder.pattern) if block.cross is not None]

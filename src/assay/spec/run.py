@@ -286,12 +286,11 @@ class MeshSpec(Spec):
 
         divides("fsdp", model.d_model, "model.d_model")
         experts = False
-        for i, block in enumerate(model.decoder.pattern):
-            where = f"model.decoder.pattern.{i}"
-            attention, feed_forward = block.attention, block.feed_forward
-            if attention is not None:
+        for where, block in model.patterns():
+            where, feed_forward = f"model.{where}", block.feed_forward
+            for part, attention in block.attentions().items():
                 heads, kv_heads = attention.heads, attention.num_kv_heads
-                at = f"{where}.attention"
+                at = f"{where}.{part}"
                 width = attention.width(model.d_model)
                 if kv_heads < heads or -heads % self.tensor > heads // 8:
                     divides("tensor", kv_heads, f"{at}.{'kv_' * (kv_heads < heads)}heads")
