@@ -8,9 +8,21 @@
 Names are imported when first used, so that `import assay` costs nothing.
 """
 
+import os
+from glob import glob
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from assay.errors import AssayError
+
+# The planner's TPU compiler (libtpu) makes JAX look for TPUs, loudly, where there are none. Where
+# neither a TPU nor a GPU is, JAX is told so before anybody imports it.
+if (
+    "JAX_PLATFORMS" not in os.environ
+    and not (glob("/dev/accel*") or glob("/dev/vfio/[0-9]*") or glob("/dev/nvidia[0-9]*"))
+    and find_spec("libtpu")
+):
+    os.environ["JAX_PLATFORMS"] = "cpu"
 
 if TYPE_CHECKING:
     from assay.api import generate, load, preset, train

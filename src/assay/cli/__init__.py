@@ -2,7 +2,7 @@
 
 import sys
 
-from assay.cli import describe, measure, train, use  # noqa: F401, each adds its commands
+from assay.cli import describe, measure, plan, train, use  # noqa: F401, each adds its commands
 from assay.cli.application import app
 from assay.errors import AssayError
 

@@ -1,6 +1,7 @@
 """Commands that look: presets, corpora, show."""
 
 from pathlib import Path
+from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
@@ -137,6 +138,11 @@ def show(model: Model, as_json: Json = False, settings: Settings = None) -> None
 
 def _spec_of(model: str, settings: list[str] | None):
     """The architecture alone: no weights are read."""
+    return run_of(model, changes_of(settings)).model
+
+
+def run_of(model: str, changes: dict[str, Any]):
+    """The run that a model's name, folder or file stands for, changed; no weights are read."""
     from assay.loading import kind_of
     from assay.spec.presets import PRESETS
 
@@ -154,4 +160,4 @@ def _spec_of(model: str, settings: list[str] | None):
             spec = read_config(Path(model))
             packing = "stream" if spec.encoder is None else "pairs"
             run = RunSpec(model=spec, data=DataSpec(packing=packing))
-    return run.changed(changes_of(settings)).model
+    return run.changed(changes)

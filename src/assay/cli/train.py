@@ -75,7 +75,7 @@ def train(
         "optimizer.lr": lr,
         "schedule": schedule,
         "compute.dtype": dtype,
-        "mesh": _mesh(mesh),
+        "mesh": mesh_of(mesh),
         "seed": seed,
         "train.checkpoint_every": checkpoint_every,
         "train.eval_every": eval_every,
@@ -160,7 +160,7 @@ def _tokenizer(text: str | None) -> dict[str, Any] | None:
     return parse(text).model_dump(mode="json")
 
 
-def _mesh(text: str | None) -> dict[str, Any] | None:
+def mesh_of(text: str | None) -> dict[str, Any] | None:
     if text is None:
         return None
     axes = {}

@@ -1,0 +1,147 @@
+"""Planning a run before it is paid for."""
+
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from assay.cli.application import Json, Model, Settings, app, changes_of, emit, out
+from assay.cli.describe import run_of
+from assay.cli.train import mesh_of
+from assay.errors import AssayError
+
+
+@app.command()
+def plan(
+    model: Model,
+    topology: Annotated[
+        str, typer.Option(help="Chips: v5p:4x4x4, v6e:16x16, h100:8, cpu.")
+    ] = "cpu",
+    mesh: Annotated[
+        str | None, typer.Option(help="Devices by axis: fsdp=16,tensor=4. All fsdp if left out.")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Sequences an update, over all devices.", min=1)
+    ] = None,
+    seq_len: Annotated[int | None, typer.Option(help="Tokens a sequence.", min=1)] = None,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "bfloat16",
+    optimizer: Annotated[str | None, typer.Option(help="adamw, muon or sgd.")] = None,
+    remat: Annotated[
+        str, typer.Option(help="What the backward pass computes again; auto: least that fits.")
+    ] = "auto",
+    search: Annotated[
+        bool, typer.Option("--search", help="Propose mesh, batch parts and remat.")
+    ] = False,
+    compile: Annotated[
+        bool, typer.Option("--compile/--no-compile", help="Compile for a TPU that is not there.")
+    ] = True,
+    price: Annotated[float | None, typer.Option(help="US dollars a chip-hour.")] = None,
+    settings: Settings = None,
+    as_json: Json = False,
+) -> None:
+    """Memory, FLOPs, bytes sent and speed of a training step, before anything runs.
+
+    Example: assay plan llama-3-8b --topology v5p:4x4x4 --mesh fsdp=16,tensor=4 --batch-size 64
+    """
+    from assay.plan.topology import parse_topology, with_price
+
+    flags = {
+        "data.batch_size": batch_size,
+        "data.seq_len": seq_len,
+        "compute.dtype": dtype,
+        "optimizer": optimizer,
+        "mesh": mesh_of(mesh),
+    }
+    changes = {path: value for path, value in flags.items() if value is not None}
+    machine = with_price(parse_topology(topology), price)
+    if batch_size is None:
+        changes["data.batch_size"] = machine.devices
+    run = run_of(model, changes | changes_of(settings))
+    if seq_len is None:
+        run = run.at("data.seq_len", run.model.context)
+
+    from assay.plan import planner
+
+    if search:
+        plans = planner.search(run, machine)
+        if not plans:
+            raise AssayError(
+                f"plan: no mesh of {machine.name} holds {model} at {run.data.batch_size} x "
+                f"{run.data.seq_len} tokens an update; take more chips or a smaller batch."
+            )
+        best, others = plans[0], plans[1:]
+        if compile:
+            best = planner.make_plan(best.run, machine, best.run.compute.remat, compile=True)
+    else:
+        best, others = planner.make_plan(run, machine, remat, compile=compile), []
+    if not as_json:
+        _print(model, best, others)
+    data = best.as_json() | {"model": model}
+    if search:
+        data["runners_up"] = [other.as_json() | {"model": model} for other in others]
+    emit(data, as_json)
+
+
+def _print(model: str, plan, others) -> None:
+    data, chip, console = plan.as_json(), plan.topology.chip, out()
+    verdict = "[green]fits[/]" if plan.fits else "[red]does not fit[/]"
+    axes = ", ".join(f"{axis}={size}" for axis, size in data["mesh"].items()) or "one device"
+    console.print(
+        f"[bold]{model}[/] on {plan.topology.name} ({axes}), {data['batch_size']} x "
+        f"{data['seq_len']:,} tokens an update, {data['dtype']}, remat {data['remat']}: {verdict}."
+    )
+    how = "compiled for it" if data["compiled"] else "estimated from the spec"
+    console.print(f"\n[italic]memory a device, {how}[/]")
+    table = Table(box=None, show_header=False)
+    table.add_column("what", style="bold")
+    table.add_column("GiB", justify="right")
+    for name, size in data["breakdown"].items():
+        if size:
+            table.add_row(f"{name} (estimate)" if data["compiled"] else name, _size(size))
+    table.add_row("in all", _size(data["bytes_per_device"]))
+    table.add_row("there is", _size(chip.memory))
+    console.print(table)
+    console.print("\n[italic]time of an update, by roofline[/]")
+    table = Table(box=None, show_header=False)
+    table.add_column("what", style="bold")
+    table.add_column("ms", justify="right")
+    for name, seconds in data["predicted_seconds"].items():
+        table.add_row(name, f"{1e3 * seconds:,.1f} ms")
+    table.add_row("in all", f"{1e3 * data['predicted_step_seconds']:,.1f} ms")
+    console.print(table)
+    speed = data["predicted_tokens_per_second"]
+    console.print(
+        f"\n{speed:,.0f} tokens/s, {speed / plan.topology.devices:,.0f} a device, "
+        f"MFU {data['predicted_mfu']:.1%}, {data['flops_per_step']:.3g} FLOPs an update"
+    )
+    if data["dollars_per_billion_tokens"] is not None:
+        console.print(
+            f"${data['dollars_per_billion_tokens']:,.2f} a billion tokens at "
+            f"${chip.price:.2f} a chip-hour (list price; --price sets yours)"
+        )
+    for axis, size in data["collective_bytes_per_step"].items():
+        console.print(f"{axis} sends {size / 1e9:,.2f} GB a device and update")
+    if data["compiler"]:
+        kinds = data["compiler"]["collectives"].items()
+        parts = ", ".join(f"{row['count']} {kind}" for kind, row in kinds)
+        console.print(
+            f"compiled in {data['compiler']['seconds']:.0f} s: {parts or 'no'} collectives"
+        )
+    if others:
+        console.print("\n[italic]runners-up, estimated[/]")
+        table = Table("mesh", "parts", "remat", "memory", "tokens/s", "MFU", box=None)
+        for other in others:
+            row = other.as_json()
+            table.add_row(
+                ", ".join(f"{axis}={size}" for axis, size in row["mesh"].items()),
+                str(other.run.train.accumulate),
+                row["remat"],
+                _size(row["bytes_per_device"]),
+                f"{row['predicted_tokens_per_second']:,.0f}",
+                f"{row['predicted_mfu']:.1%}",
+            )
+        console.print(table)
+
+
+def _size(size: float) -> str:
+    return f"{size / 2**30:,.2f} GiB"

@@ -1,0 +1,108 @@
+"""Bytes that one device holds during an update, estimated from the spec alone.
+
+Parameters are float32, and so are the optimizer's statistics. The rest is what the training step
+keeps between its forward and its backward pass, by remat policy, and what it needs at its worst
+moment: one block in full, and the logits.
+"""
+
+from dataclasses import dataclass
+
+from assay.plan.work import batch_ways, expert_parameters, mesh_sizes, parameter_ways
+from assay.spec.accounting import BYTES, kv_bytes_per_token, parameters
+from assay.spec.model import BlockSpec, MlpSpec, MoeSpec
+from assay.spec.run import RunSpec
+
+STATISTICS = {"adamw": 2, "muon": 1, "sgd": 0}
+"""Float32 numbers a parameter that an optimizer keeps (Muon's tables keep two, not counted)."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one device by what they hold."""
+
+    parameters: float
+    optimizer: float
+    gradients: float
+    gathered: float
+    activations: float
+    working: float
+    logits: float
+
+    @property
+    def total(self) -> float:
+        return sum(vars(self).values())
+
+
+def training_memory(run: RunSpec, recompute: str, *, flash: bool = True) -> Memory:
+    """What one device holds; `recompute` as in `plan/work.py`."""
+    spec, mesh, width = run.model, mesh_sizes(run.mesh), BYTES[run.compute.dtype]
+    total = parameters(spec).total
+    held = total / parameter_ways(run)
+    rows = run.data.batch_size / batch_ways(run.mesh) / run.train.accumulate
+    tokens, tensor = rows * run.data.seq_len, mesh["tensor"]
+    blocks = spec.decoder.blocks()
+    kept = sum(_kept(block, spec.d_model, tensor, recompute) for block in blocks)
+    largest = max((_everything(block, spec.d_model, tensor) for block in blocks), default=0)
+    if not flash:
+        scores = [b.attention.heads / tensor * run.data.seq_len for b in blocks if b.attention]
+        # Scores and weights, both in float32, and the weights again in the products' dtype.
+        each = 1 + 2 * 4 / width
+        largest += each * max(scores, default=0)
+        kept += each * sum(scores) if recompute in ("none", "dots") else 0
+    layer = (total - expert_parameters(spec)) / max(len(blocks), 1) / tensor
+    layer += expert_parameters(spec) / max(len(blocks), 1) / tensor / mesh["expert"]
+    vocabulary = spec.padded_vocab / tensor
+    return Memory(
+        parameters=4 * held,
+        optimizer=4 * STATISTICS[run.optimizer.kind] * held,
+        gradients=4 * held,
+        gathered=(2 * layer * width if mesh["fsdp"] > 1 else 0)
+        + (held * width if width < 4 and mesh["fsdp"] == 1 else 0),
+        activations=tokens * kept * width,
+        working=tokens * largest * width,
+        logits=tokens * vocabulary * 2 * 4 if spec.head is not None else 0,
+    )
+
+
+def cache_memory(run: RunSpec, rows: int, tokens: int) -> float:
+    """Bytes of the keys and values of so many rows and tokens, over the whole machine."""
+    return rows * tokens * kv_bytes_per_token(run.model, run.compute.dtype)
+
+
+def _kept(block: BlockSpec, d: int, tensor: int, recompute: str) -> float:
+    """Numbers a token that a block leaves for its backward pass."""
+    match recompute:
+        case "block":
+            return d
+        case "mlp":
+            return 2 * d + _attention(block, d, tensor)
+        case "dots":
+            return 3 * d + _attention(block, d, tensor) + _hidden(block, d) / tensor
+    return _everything(block, d, tensor)
+
+
+def _everything(block: BlockSpec, d: int, tensor: int) -> float:
+    """Numbers a token of all that a block computes: norms, products, activations, sums."""
+    return 5 * d + _attention(block, d, tensor) + 2 * _hidden(block, d) / tensor
+
+
+def _attention(block: BlockSpec, d: int, tensor: int) -> float:
+    if block.attention is None:
+        return 0
+    attention = block.attention
+    c = attention.width(d)
+    return 2 * (attention.heads + attention.num_kv_heads) * c / tensor
+
+
+def _hidden(block: BlockSpec, d: int) -> float:
+    def widths(mlp: MlpSpec) -> float:
+        return sum(mlp.widths) * (1 + mlp.gated)
+
+    match block.feed_forward:
+        case MlpSpec() as mlp:
+            return widths(mlp)
+        case MoeSpec() as moe:
+            load = moe.capacity.load if moe.capacity else 1
+            shared = widths(moe.shared) if moe.shared else 0
+            return moe.active_experts * load * (widths(moe.expert) + 2 * d) + shared
+    return 0

@@ -1,0 +1,214 @@
+"""What a run will need and how fast it will go, before anything is paid for.
+
+Three depths, each saying how sure it is: from the spec alone (`memory`, `work`), compiled for the
+machine itself where its compiler is here (`compiled`), and a roofline for the time (`roofline`).
+"""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from assay.errors import AssayError
+from assay.plan.compiled import Compiled, DoesNotFitError, can_compile, compile_step
+from assay.plan.memory import Memory, training_memory
+from assay.plan.roofline import Speed, predict
+from assay.plan.topology import Topology
+from assay.plan.work import collective_bytes, global_flops, mesh_sizes
+from assay.spec.run import MeshSpec, RunSpec
+
+USABLE = 0.92
+"""The share of a device's memory that a program may have: the rest is the runtime's."""
+
+POLICIES = {"none": "none", "block": "block"}
+"""ComputeSpec.remat -> what the backward pass computes again (`plan/work.py`), fastest first."""
+
+TPU_KERNELS = "plain"
+"""The kernels that `auto` means on a TPU."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The answer for one run on one machine. Bytes are of one device, FLOPs of all of them.
+
+    `bytes_per_device` is the compiler's figure where there is one, else the estimate.
+    """
+
+    run: RunSpec
+    topology: Topology
+    memory: Memory
+    compiled: Compiled | None
+    refused: DoesNotFitError | None
+    speed: Speed
+
+    @property
+    def bytes_per_device(self) -> float:
+        if self.compiled is not None:
+            return self.compiled.bytes_per_device
+        if self.refused is not None and self.refused.needed is not None:
+            return self.refused.needed
+        return self.memory.total
+
+    @property
+    def fits(self) -> bool:
+        if self.refused is not None:
+            return False
+        return self.bytes_per_device <= USABLE * self.topology.chip.memory
+
+    def as_json(self) -> dict[str, Any]:
+        """The fields that scripts read."""
+        mesh = {axis: size for axis, size in mesh_sizes(self.run.mesh).items() if size > 1}
+        compiled = self.compiled
+        return {
+            "model": self.run.preset,
+            "topology": self.topology.name,
+            "devices": self.topology.devices,
+            "mesh": mesh,
+            "batch_size": self.run.data.batch_size,
+            "seq_len": self.run.data.seq_len,
+            "dtype": self.run.compute.dtype,
+            "remat": self.run.compute.remat,
+            "fits": self.fits,
+            "bytes_per_device": round(self.bytes_per_device),
+            "memory_per_device": self.topology.chip.memory,
+            "breakdown": {name: round(size) for name, size in asdict(self.memory).items()},
+            "flops_per_step": global_flops(self.run),
+            "collective_bytes_per_step": {axis: round(size) for axis, size in self._sent().items()},
+            "predicted_step_seconds": self.speed.step_seconds,
+            "predicted_seconds": asdict(self.speed.time),
+            "predicted_tokens_per_second": self.speed.tokens_per_second,
+            "predicted_mfu": self.speed.mfu,
+            "dollars_per_billion_tokens": self.speed.dollars_per_billion_tokens,
+            "compiled": compiled is not None or self.refused is not None,
+            "compiler": None
+            if compiled is None
+            else {
+                "bytes_per_device": compiled.bytes_per_device,
+                "arguments": compiled.arguments,
+                "temporaries": compiled.temporaries,
+                "collectives": {
+                    kind: {"count": count, "bytes": size}
+                    for kind, (count, size) in compiled.collectives.items()
+                },
+                "seconds": compiled.seconds,
+            },
+        }
+
+    def _sent(self) -> dict[str, float]:
+        return collective_bytes(self.run, POLICIES[self.run.compute.remat])
+
+
+def make_plan(run: RunSpec, topology: Topology, remat: str = "auto", *, compile: bool) -> Plan:
+    """Plans a run. `remat` auto takes the policy that recomputes least and fits.
+
+    Raises:
+        AssayError: if the mesh has not as many devices as the topology; if the policy is unknown.
+    """
+    run = for_target(on_mesh(run, topology), topology)
+    if remat != "auto":
+        return _plan(run.at("compute.remat", remat), topology, compile)
+    candidates = [run.at("compute.remat", policy) for policy in POLICIES]
+    roomy = [c for c in candidates if _plan(c, topology, False).fits] or candidates[-1:]
+    for candidate in roomy:
+        plan = _plan(candidate, topology, compile)
+        if plan.fits:
+            return plan
+    return plan
+
+
+def on_mesh(run: RunSpec, topology: Topology) -> RunSpec:
+    """The run on all devices: where its mesh names none, they share the parameters (fsdp).
+
+    Raises:
+        AssayError: if the mesh has another number of devices.
+    """
+    devices = topology.devices
+    if run.mesh.devices == 1 and devices > 1:
+        return run.replace(mesh=MeshSpec(fsdp=devices))
+    if run.mesh.devices != devices:
+        axes = ", ".join(f"{axis}={size}" for axis, size in mesh_sizes(run.mesh).items())
+        raise AssayError(
+            f"mesh: {axes} is {run.mesh.devices} devices, but {topology.name} has {devices}."
+        )
+    return run
+
+
+def _plan(run: RunSpec, topology: Topology, compile: bool) -> Plan:
+    policy = POLICIES[run.compute.remat]
+    flash = keeps_no_scores(run, topology)
+    compiled = refused = None
+    if compile and can_compile(topology):
+        try:
+            compiled = compile_step(run, topology)
+        except DoesNotFitError as error:
+            refused = error
+    return Plan(
+        run=run,
+        topology=topology,
+        memory=training_memory(run, policy, flash=flash),
+        compiled=compiled,
+        refused=refused,
+        speed=predict(run, topology, policy, flash=flash),
+    )
+
+
+def keeps_no_scores(run: RunSpec, topology: Topology) -> bool:
+    """Whether attention runs by a kernel that never keeps its scores."""
+    return topology.chip.name != "cpu" and run.compute.kernels not in ("plain", "cpu")
+
+
+def for_target(run: RunSpec, topology: Topology) -> RunSpec:
+    """The run as it would be computed there, not on the machine that plans it.
+
+    Layers are scanned, so that an 80-layer model compiles as soon as a small one; what `auto`
+    would pick by the device is picked for the target.
+    """
+    if not topology.is_tpu:
+        return run
+    compute = run.compute.replace(scan_layers=True)
+    if compute.kernels == "auto":
+        compute = compute.replace(kernels=TPU_KERNELS)
+    if compute.moe_dispatch == "auto":
+        compute = compute.replace(moe_dispatch="ragged")
+    return run.replace(compute=compute)
+
+
+# ---------------------------------------------------------------------------- search
+
+
+def search(run: RunSpec, topology: Topology, *, most: int = 8) -> list[Plan]:
+    """The fastest plans that fit, by estimate: every mesh of the devices, and remat policy.
+
+    The batch is the run's; where nothing fits, gradient accumulation is tried too.
+    """
+    plans, run = [], for_target(run, topology)
+    for mesh in meshes(topology.devices):
+        for accumulate in (1, 2, 4, 8):
+            try:
+                candidate = run.replace(mesh=mesh, train=run.train.replace(accumulate=accumulate))
+            except AssayError:
+                continue
+            fitting = [
+                plan
+                for policy in POLICIES
+                if (plan := _plan(candidate.at("compute.remat", policy), topology, False)).fits
+            ]
+            plans += fitting
+            if fitting:
+                break
+    return sorted(plans, key=lambda plan: plan.speed.step_seconds)[:most]
+
+
+def meshes(devices: int) -> Iterator[MeshSpec]:
+    """Every mesh of so many devices."""
+    for tensor in _divisors(devices):
+        for expert in _divisors(devices // tensor) if "expert" in MeshSpec.model_fields else (1,):
+            for fsdp in _divisors(devices // tensor // expert):
+                axes = {"tensor": tensor, "fsdp": fsdp}
+                axes["data"] = devices // tensor // expert // fsdp
+                if expert > 1:
+                    axes["expert"] = expert
+                yield MeshSpec(**axes)
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]

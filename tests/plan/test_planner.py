@@ -1,0 +1,196 @@
+"""Plans: what is counted, what fits, what is proposed, and the program compiled for a TPU."""
+
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from assay.errors import AssayError
+from assay.plan.compiled import collectives, compile_step
+from assay.plan.memory import training_memory
+from assay.plan.planner import make_plan, meshes, search
+from assay.plan.roofline import predict
+from assay.plan.topology import parse_topology, with_price
+from assay.plan.work import collective_bytes, step_work
+from assay.spec import presets
+from assay.spec.accounting import flops_per_token, parameters
+from assay.spec.run import MeshSpec
+
+LLAMA = presets.get("llama-3-8b").run.changed(
+    {"data.batch_size": 64, "data.seq_len": 4096, "compute.dtype": "bfloat16"}
+)
+
+
+def on(run, **axes):
+    return run.replace(mesh=MeshSpec(**axes))
+
+
+def test_products_are_the_accounts():
+    run = on(LLAMA, fsdp=16, tensor=4)
+    work = step_work(run, "none", flash=False)
+    tokens = 64 * 4096
+    assert work.flops * 64 == pytest.approx(
+        tokens * flops_per_token(run.model, 4096).train, rel=1e-6
+    )
+
+
+def test_recomputing_more_costs_more_and_keeps_less():
+    run = on(LLAMA, fsdp=64)
+    policies = ("none", "dots", "mlp", "block")
+    work = [step_work(run, policy).flops for policy in policies]
+    kept = [training_memory(run, policy).activations for policy in policies]
+    assert work == sorted(work)
+    assert work[3] < 4 / 3 * work[0]  # a block's last product is not needed again
+    assert kept == sorted(kept, reverse=True)
+
+
+def test_the_state_is_shared_by_fsdp_tensor_and_expert():
+    count = parameters(LLAMA.model).total
+    memory = training_memory(on(LLAMA, fsdp=16, tensor=4), "block")
+    assert memory.parameters == pytest.approx(4 * count / 64)
+    assert memory.optimizer == 2 * memory.parameters
+    whole = training_memory(on(LLAMA, data=64), "block")
+    assert whole.parameters == pytest.approx(4 * count)
+
+
+def test_collectives_by_hand():
+    count = parameters(LLAMA.model).total
+    sent = collective_bytes(on(LLAMA, fsdp=64), "block")
+    assert sent == {"fsdp": pytest.approx(3 * 2 * count * 63 / 64)}
+    sent = collective_bytes(on(LLAMA, data=64), "block")
+    assert sent == {"data": pytest.approx(2 * 2 * count * 63 / 64)}
+    # Two sums a block and pass, three passes with recomputation of half; each travels twice.
+    stream = 64 * 4096 / 16 * 4096 * 2
+    sent = collective_bytes(on(LLAMA, data=16, tensor=4), "none")["tensor"]
+    assert sent == pytest.approx(2 * 64 * 2 * stream * 3 / 4)
+
+
+def test_time_falls_with_devices_and_rises_with_what_is_done_again():
+    def seconds(topology, policy="block", **axes):
+        return predict(on(LLAMA, **axes), parse_topology(topology), policy).step_seconds
+
+    assert seconds("v5p:2x4x4", fsdp=32) > 1.8 * seconds("v5p:4x4x4", fsdp=64)
+    assert seconds("h100:64", fsdp=64) < seconds("a100:64", fsdp=64)
+    assert seconds("v5p:4x4x4", "none", fsdp=64) < seconds("v5p:4x4x4", fsdp=64)
+
+
+def test_a_price_gives_dollars():
+    topology = with_price(parse_topology("h100:8"), 3.0)
+    plan = make_plan(LLAMA, topology, "block", compile=False)
+    hours = 1e9 / plan.speed.tokens_per_second / 3600
+    assert plan.speed.dollars_per_billion_tokens == pytest.approx(hours * 8 * 3.0)
+
+
+def test_what_does_not_fit_is_said_not_to():
+    assert not make_plan(LLAMA, parse_topology("v5e:1x1"), compile=False).fits
+    assert make_plan(LLAMA, parse_topology("v5p:4x4x4"), compile=False).fits
+
+
+def test_a_mesh_of_another_size_is_refused():
+    with pytest.raises(AssayError, match="8 devices, but v5p:4x4x4 has 64"):
+        make_plan(on(LLAMA, fsdp=8), parse_topology("v5p:4x4x4"), compile=False)
+
+
+def test_search_proposes_what_fits_fastest_first():
+    plans = search(LLAMA, parse_topology("v5p:2x2x4"))
+    assert len(plans) > 2
+    assert all(plan.fits and plan.run.mesh.devices == 16 for plan in plans)
+    seconds = [plan.speed.step_seconds for plan in plans]
+    assert seconds == sorted(seconds)
+
+
+def test_every_mesh_is_tried_once():
+    found = [mesh.model_dump_json() for mesh in meshes(8)]
+    assert len(found) == len(set(found))
+    assert all(mesh.devices == 8 for mesh in meshes(8))
+
+
+HLO = """HloModule jit_step
+
+%cond (p: (s32[], f32[4,8])) -> pred[] {
+  %n = s32[]{:T(128)} constant(12)
+  ROOT %lt = pred[] compare(%i, %n), direction=LT
+}
+
+%body (p: (s32[], f32[4,8])) -> (s32[], f32[4,8]) {
+  %g = bf16[8,4]{1,0} all-gather(%x), dimensions={0}
+  %s = (f32[4,8], f32[2,8]) all-reduce-start(%y), to_apply=%add
+}
+
+%fused (p: f32[4,8]) -> f32[4,8] {
+  ROOT %r = f32[2,8]{1,0} reduce-scatter(%p), to_apply=%add
+}
+
+ENTRY %main (a: f32[4,8]) -> f32[4,8] {
+  %w = (s32[], f32[4,8]) while(%t), condition=%cond, body=%body
+  ROOT %f = f32[2,8] fusion(%a), kind=kCustom, calls=%fused
+}
+"""
+
+
+def test_collectives_are_counted_as_often_as_their_loop_runs():
+    assert collectives(HLO) == {
+        "all-gather": (12, 12 * 64),
+        "all-reduce": (12, 12 * 128),
+        "reduce-scatter": (1, 64),
+    }
+
+
+SMALL = presets.get("llama-3-8b").run.changed(
+    {
+        "model.decoder.num_layers": 4,
+        "model.d_model": 256,
+        "model.vocab_size": 512,
+        "model.decoder.pattern.*.attention.heads": 4,
+        "model.decoder.pattern.*.attention.kv_heads": 2,
+        "model.decoder.pattern.*.feed_forward.hidden": 512,
+        "data.batch_size": 8,
+        "data.seq_len": 256,
+        "compute.dtype": "bfloat16",
+    }
+)
+
+
+def test_a_step_is_compiled_for_a_tpu_that_is_not_there():
+    topology = parse_topology("v5e:2x2")
+    plan = make_plan(on(SMALL, fsdp=2, tensor=2), topology, "block", compile=True)
+    assert plan.fits
+    state = 3 * 4 * parameters(SMALL.model).total / 4
+    assert plan.compiled.arguments >= state
+    assert plan.compiled.bytes_per_device > state
+    kinds = plan.compiled.collectives
+    assert kinds["all-gather"][0] or kinds["collective-permute"][0]
+    assert jax.default_backend() == "cpu"  # nothing else was disturbed
+    assert "TPU_SKIP_MDS_QUERY" not in os.environ
+
+
+def test_the_compiler_says_what_does_not_fit():
+    run = SMALL.changed({"data.batch_size": 512, "data.seq_len": 8192})
+    plan = make_plan(run, parse_topology("v5e:1x1"), "none", compile=True)
+    assert not plan.fits
+    assert plan.bytes_per_device > plan.topology.chip.memory
+
+
+def test_a_topology_that_the_compiler_does_not_know():
+    with pytest.raises(AssayError, match="does not know 'v5p:3x5x7'"):
+        compile_step(on(SMALL.at("data.batch_size", 105), fsdp=105), parse_topology("v5p:3x5x7"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "llama-3-8b --topology v5p:4x4x4 --mesh fsdp=16,tensor=4 --batch-size 64 --seq-len 4096",
+        "mixtral-8x7b --topology v5p:4x4x4 --mesh fsdp=8,expert=8 --batch-size 64 --seq-len 4096",
+    ],
+    ids=["dense", "experts"],
+)
+def test_large_models_are_compiled_within_two_minutes(arguments):
+    command = [sys.executable, "-m", "assay.cli", "plan", *arguments.split(), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    answer = json.loads(done.stdout.splitlines()[-1])
+    assert answer["fits"]
+    assert answer["compiled"]
