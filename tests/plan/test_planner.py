@@ -164,7 +164,7 @@ def test_a_step_is_compiled_for_a_tpu_that_is_not_there():
     kinds = plan.compiled.collectives
     assert kinds["all-gather"][0] or kinds["collective-permute"][0]
     assert jax.default_backend() == "cpu"  # nothing else was disturbed
-    assert "TPU_SKIP_MDS_QUERY" not in os.environ
+    assert "TPU_WORKER_HOSTNAMES" not in os.environ
 
 
 def test_the_compiler_says_what_does_not_fit():
@@ -176,7 +176,7 @@ def test_the_compiler_says_what_does_not_fit():
 
 def test_a_topology_that_the_compiler_does_not_know():
     with pytest.raises(AssayError, match="does not know 'v5p:3x5x7'"):
-        compile_step(on(SMALL.at("data.batch_size", 105), fsdp=105), parse_topology("v5p:3x5x7"))
+        compile_step(on(SMALL.at("data.batch_size", 105), data=105), parse_topology("v5p:3x5x7"))
 
 
 @pytest.mark.slow

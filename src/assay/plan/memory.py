@@ -7,7 +7,7 @@ moment: one block in full, and the logits.
 
 from dataclasses import dataclass
 
-from assay.plan.work import batch_ways, expert_parameters, mesh_sizes, parameter_ways
+from assay.plan.work import expert_parameters, mesh_sizes, parameter_ways
 from assay.spec.accounting import BYTES, kv_bytes_per_token, parameters
 from assay.spec.model import BlockSpec, MlpSpec, MoeSpec
 from assay.spec.run import RunSpec
@@ -38,7 +38,7 @@ def training_memory(run: RunSpec, recompute: str, *, flash: bool = True) -> Memo
     spec, mesh, width = run.model, mesh_sizes(run.mesh), BYTES[run.compute.dtype]
     total = parameters(spec).total
     held = total / parameter_ways(run)
-    rows = run.data.batch_size / batch_ways(run.mesh) / run.train.accumulate
+    rows = run.data.batch_size / run.mesh.batch_shards / run.train.accumulate
     tokens, tensor = rows * run.data.seq_len, mesh["tensor"]
     blocks = spec.decoder.blocks()
     kept = sum(_kept(block, spec.d_model, tensor, recompute) for block in blocks)

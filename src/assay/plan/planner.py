@@ -201,13 +201,10 @@ def search(run: RunSpec, topology: Topology, *, most: int = 8) -> list[Plan]:
 def meshes(devices: int) -> Iterator[MeshSpec]:
     """Every mesh of so many devices."""
     for tensor in _divisors(devices):
-        for expert in _divisors(devices // tensor) if "expert" in MeshSpec.model_fields else (1,):
+        for expert in _divisors(devices // tensor):
             for fsdp in _divisors(devices // tensor // expert):
-                axes = {"tensor": tensor, "fsdp": fsdp}
-                axes["data"] = devices // tensor // expert // fsdp
-                if expert > 1:
-                    axes["expert"] = expert
-                yield MeshSpec(**axes)
+                data = devices // tensor // expert // fsdp
+                yield MeshSpec(data=data, fsdp=fsdp, expert=expert, tensor=tensor)
 
 
 def _divisors(number: int) -> list[int]:

@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 
 from assay.plan.topology import Topology
-from assay.plan.work import Work, batch_ways, global_flops, mesh_sizes, step_work
+from assay.plan.work import Work, global_flops, mesh_sizes, step_work
 from assay.spec.run import RunSpec
 
 ATTENTION = 0.6
@@ -106,7 +106,7 @@ def predict(
     """Seconds an update, tokens a second and MFU of a run on machines that need not be there."""
     time = step_time(step_work(run, recompute, fused=fused, flash=flash), run, topology, efficiency)
     tokens = run.data.batch_size * run.data.seq_len
-    devices = batch_ways(run.mesh) * mesh_sizes(run.mesh)["tensor"]
+    devices = run.mesh.devices
     speed = tokens / time.total
     dollars = None
     if topology.chip.price is not None:

@@ -42,13 +42,7 @@ class Work:
 
 def mesh_sizes(mesh: MeshSpec) -> dict[str, int]:
     """Devices along each axis that the mesh has."""
-    return {axis: getattr(mesh, axis, 1) for axis in ("data", "fsdp", "tensor", "expert")}
-
-
-def batch_ways(mesh: MeshSpec) -> int:
-    """Into how many parts the batch is split."""
-    sizes = mesh_sizes(mesh)
-    return sizes["data"] * sizes["fsdp"] * sizes["expert"]
+    return mesh.model_dump()
 
 
 def step_work(run: RunSpec, recompute: str, *, fused: bool = True, flash: bool = True) -> Work:
@@ -60,7 +54,7 @@ def step_work(run: RunSpec, recompute: str, *, fused: bool = True, flash: bool =
     """
     spec, mesh = run.model, mesh_sizes(run.mesh)
     width = BYTES[run.compute.dtype]
-    tokens = run.data.batch_size * run.data.seq_len / batch_ways(run.mesh)
+    tokens = run.data.batch_size * run.data.seq_len / run.mesh.batch_shards
     products, again, a_key = _flops(spec)
     share = 1 / mesh["tensor"]
     forward = sum(products.values())
@@ -228,7 +222,7 @@ def collective_bytes(run: RunSpec, recompute: str) -> dict[str, float]:
     """
     mesh, width = mesh_sizes(run.mesh), BYTES[run.compute.dtype]
     spec, passes = run.model, run.train.accumulate
-    tokens = run.data.batch_size * run.data.seq_len / batch_ways(run.mesh)
+    tokens = run.data.batch_size * run.data.seq_len / run.mesh.batch_shards
     total, experts = parameters(spec).total, expert_parameters(spec)
     held = (total - experts + experts / mesh["expert"]) / mesh["tensor"]
     again = recompute in ("mlp", "block")
