@@ -98,8 +98,10 @@ def compile_step(run: RunSpec, topology: Topology) -> Compiled:
                 in_shardings=(places, rows, None),
                 out_shardings=(places, None),
             )
+            lowered = step.lower(state, batch, jax.ShapeDtypeStruct((), jnp.float32))
             try:
-                program = step.lower(state, batch, jax.ShapeDtypeStruct((), jnp.float32)).compile()
+                with _not_cached():
+                    program = lowered.compile()
             except jax.errors.JaxRuntimeError as error:
                 raise _refused(str(error)) from None
         memory = program.memory_analysis()
@@ -150,6 +152,22 @@ def _no_cloud() -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+@contextmanager
+def _not_cached() -> Iterator[None]:
+    """A program for a device that is not here can be kept in JAX's cache, but not read back."""
+    import jax
+    from jax.experimental.compilation_cache import compilation_cache
+
+    before = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # it looks at the setting once
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+        compilation_cache.reset_cache()
 
 
 # ---------------------------------------------------------------------------- the program's text
