@@ -11,6 +11,7 @@ from assay.spec.run import RunSpec
 from assay.train.loop import TrainResult
 from assay.train.loop import train as _train
 from assay.train.plot import plot_experts, plot_losses
+from assay.train.processes import is_first
 
 
 def preset(name: str, changes: dict[str, Any] | None = None) -> RunSpec:
@@ -31,6 +32,8 @@ def train(run: RunSpec | str, out: str | Path, **options: Any) -> TrainResult:
     """
     run = preset(run) if isinstance(run, str) else run
     result = _train(run, out, **options)
+    if not is_first():
+        return result
     title = run.preset or Path(out).name
     plot_losses(Path(out), title=title)
     plot_experts(Path(out), title=title)

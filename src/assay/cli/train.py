@@ -1,5 +1,7 @@
 """Training a model."""
 
+import os
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -58,6 +60,11 @@ def train(
     settings: Settings = None,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write its files.")] = False,
     wandb: Annotated[bool, typer.Option("--wandb", help="Log to Weights & Biases.")] = False,
+    coordinator: Annotated[
+        str | None, typer.Option(help="HOST:PORT of process 0, or auto (Slurm, Kubernetes, TPU).")
+    ] = None,
+    processes: Annotated[int | None, typer.Option(help="How many train as one.", min=1)] = None,
+    process_id: Annotated[int | None, typer.Option(help="Which of them this is.", min=0)] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -83,21 +90,33 @@ def train(
     }
     changes = {path: value for path, value in flags.items() if value is not None}
     changes |= changes_of(settings)
+    if out_folder is None and (coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")):
+        raise AssayError("--out: name the run's folder; every process must use the same.")
     folder = out_folder or next_folder(preset or "run")
     run = _configure(preset, changes, folder if resume else None)
+
+    from assay.train.processes import LOST, LostProcessError, is_first, join
+
+    join(coordinator, processes, process_id)
 
     from assay.api import train as run_training
     from assay.train.progress import default_reporter
 
     trackers = tuple(name for name, on in (("tensorboard", tensorboard), ("wandb", wandb)) if on)
-    result = run_training(
-        run,
-        folder,
-        resume=resume,
-        stop_at=stop_at,
-        reporter=default_reporter(quiet),
-        trackers=trackers,
-    )
+    try:
+        result = run_training(
+            run,
+            folder,
+            resume=resume,
+            stop_at=stop_at,
+            reporter=default_reporter(quiet or not is_first()),
+            trackers=trackers,
+        )
+    except LostProcessError as error:
+        print(f"assay: {error}", file=sys.stderr, flush=True)
+        os._exit(LOST)  # a tidy end would wait for the lost one
+    if not is_first():
+        return
     if not as_json:
         _print_result(result)
     emit(asdict(result), as_json)

@@ -17,7 +17,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -656,27 +656,19 @@ def batches(
     prepared: Prepared,
     seed: int,
     start: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | None = None,
 ) -> Batches:
     """Training batches from number `start` on, shuffled anew each epoch of each source.
 
-    Global batch i is a function of (prepared, seed, i). Process p of P gets its rows
-    [p B/P, (p+1) B/P). Sources take turns by weight, so that any stretch of sequences holds
+    Global batch i is a function of (prepared, seed, i) alone. Of its rows only `rows` are read,
+    those that this process needs (all by default): whoever shares the rows, the order is the
+    same. Sources take turns by weight, so that any stretch of sequences holds
     them in proportion; each goes through its own epochs. Weights are to within 1% of the least.
-
-    Raises:
-        AssayError: if the batch does not divide among the processes.
     """
     import grain
 
     spec = prepared.spec
-    local, rest = divmod(spec.batch_size, process_count)
-    if rest:
-        raise AssayError(
-            f"data.batch_size: found {spec.batch_size}, which {process_count} processes do not "
-            f"divide."
-        )
+    own = range(spec.batch_size) if rows is None else tuple(rows)
     seeds = np.random.SeedSequence(seed).generate_state(len(prepared.train)).tolist()
     packed, paired = spec.packing == "documents", spec.packing == "pairs"
 
@@ -696,7 +688,7 @@ def batches(
         return order.map_with_index(lambda index, row: (source, row, index // count))
 
     def gather(rows: list[tuple[int, int, int]]) -> Batch:
-        mine = rows[process_index * local : (process_index + 1) * local]
+        mine = (rows[i] for i in own)
         chosen = [(prepared.train[s], plans[s].spans(row, epoch)) for s, row, epoch in mine]
         if paired:
             return _pair_batch(chosen, spec.seq_len, spec.room_for_source)

@@ -25,6 +25,7 @@ from jaxtyping import Array, Float32
 
 from assay.errors import AssayError
 from assay.model.loss import token_losses
+from assay.model.sharding import constrain
 from assay.model.transformer import Transformer
 
 CODE_POINTS = 1_114_112
@@ -142,7 +143,8 @@ def row_losses(model: Transformer, batch: dict[str, Array]) -> Float32[Array, "b
         positions=batch.get("positions"),
         segment_ids=batch.get("segment_ids"),
     )
-    return jnp.sum(token_losses(logits, batch["targets"]) * batch["weights"], axis=-1)
+    rows = jnp.sum(token_losses(logits, batch["targets"]) * batch["weights"], axis=-1)
+    return constrain(rows, None)  # every process reads them
 
 
 def _total(rows: Array | None) -> float:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import platform
 import signal
 import threading
@@ -25,6 +26,7 @@ from assay.model.transformer import Layout, abstract, layout, name_leaves
 from assay.spec.accounting import planned_steps, run_flops_per_token
 from assay.spec.run import RunSpec
 from assay.startup import keep_compiled_programs
+from assay.train import processes
 from assay.train.checkpoint import Checkpoints, write_json
 from assay.train.progress import Reporter, Silent
 from assay.train.speed import peak_flops
@@ -73,7 +75,7 @@ def train(
 
     Raises:
         AssayError: if the folder holds another run; if the data is no good; if the loss is no
-            longer a number (the last good checkpoint stays).
+            longer a number (the last good checkpoint stays); if another process was lost.
     """
     out, reporter = Path(out), reporter or Silent()
 
@@ -82,8 +84,22 @@ def train(
         return ended
 
     keep_compiled_programs()
-    with use_mesh(make_mesh(run.mesh)) as mesh:
-        return _train(run, out, mesh, resume, stop_at, reporter, trackers)
+    if jax.process_count() > 1 and run.mesh.devices != jax.device_count():
+        raise AssayError(
+            f"mesh: it has {run.mesh.devices} devices, but {jax.process_count()} processes have "
+            f"{jax.device_count()}, and each must take part: --mesh data={jax.device_count()}."
+        )
+    try:
+        with use_mesh(make_mesh(run.mesh)) as mesh:
+            return _train(run, out, mesh, resume, stop_at, reporter, trackers)
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        raise processes.LostProcessError(
+            f"process {jax.process_index()} of {jax.process_count()}: another process of the run "
+            f"was lost, so this one ends too. Start all of them again with --resume: they go on "
+            f"from the newest checkpoint in {out}. ({str(error).splitlines()[0][:200]})"
+        ) from None
 
 
 def _train(
@@ -97,8 +113,10 @@ def _train(
 ) -> TrainResult:
     # ---- text to batches
     tokenizer = tokenizers.load(out) if resume and (out / tokenizers.FILE).is_file() else None
-    prepared = loader.prepare(run.data, tokenizer)
+    prepared = processes.all_or_none(lambda: loader.prepare(run.data, tokenizer))
+    processes.assert_same(prepared.fingerprint, "their data")
     run = run.replace(model=run.model.with_vocab(prepared.tokenizer.vocab_size))
+    first = processes.is_first()  # alone prints and writes, but for its part of checkpoints
     if not run.model.decoder.causal:
         raise AssayError(
             "model.decoder.causal: found false; training predicts the next token, which such a "
@@ -106,7 +124,7 @@ def _train(
         )
     if prepared.left_out:
         reporter.note(f"{prepared.left_out:,} pairs are too long for data.seq_len: left out.")
-    _open_folder(out, run, prepared, resume)
+    processes.all_or_none(lambda: _open_folder(out, run, prepared, resume) if first else None)
     held_out = loader.evaluation_batches(prepared, run.data.batch_size, part=run.train.score)
 
     # ---- model and state, made in their places
@@ -114,19 +132,21 @@ def _train(
     form, step_function = layout(run.model, run.compute), make_step(run, model)
     if mesh is None:
         # Not jitted: one small program a shape compiles sooner than one large one for all.
-        state = initial_state(run)
+        shared, state = None, initial_state(run)
         update = jax.jit(step_function, donate_argnums=0)
     else:
         places = state_shardings(
             jax.eval_shape(lambda: initial_state(run)), parameter_shardings(model, mesh), mesh
         )
         rows = jax.sharding.NamedSharding(mesh, partition(("batch", None)))
+        everywhere = jax.sharding.NamedSharding(mesh, partition(()))
+        shared = processes.Rows(rows, run.data.batch_size)
         state = jax.jit(lambda: initial_state(run), out_shardings=places)()
         update = jax.jit(
             step_function,
             donate_argnums=0,
             in_shardings=(places, rows, None),
-            out_shardings=(places, None),
+            out_shardings=(places, everywhere),
         )
 
     exact = nnx.graphdef(abstract(run.model, run.compute.replace(dtype="float32")))
@@ -137,7 +157,8 @@ def _train(
 
     # ---- where it was
     checkpoints = Checkpoints(out / "checkpoints")
-    batches = loader.batches(prepared, run.seed)
+    batches = loader.batches(prepared, run.seed, rows=shared.own if shared else None)
+    joined = shared.join if shared else lambda batch: batch
     spent = {"seconds": 0.0, "tokens": 0.0, "window": []}
     if resume and checkpoints.latest() is None:
         reporter.note("There is no checkpoint yet: starting from step 0.")
@@ -150,7 +171,7 @@ def _train(
     # ---- compile, for the shapes of the next batch, which is then put back
     reporter.note(f"Compiling for {run.data.batch_size} x {run.data.seq_len} tokens an update.")
     began, position = time.monotonic(), batches.state()
-    update = update.lower(state, next(batches), np.float32(0)).compile()
+    update = update.lower(state, joined(next(batches)), np.float32(0)).compile()
     batches.restore(position)
     compile_seconds = time.monotonic() - began
 
@@ -160,19 +181,28 @@ def _train(
     val, val_step, why = None, None, "budget"
     eval_every = run.train.eval_every or (50 if run.train.target_loss else None)
     saving = _SavePlan(run.train.checkpoint_every, clock)
-    signals = _StopSignals()
+    signals, stopped = _StopSignals(), False
+    agreement = processes.Agreement(clock.share(step), IN_FLIGHT)
     reporter.start(run.preset or "training")
     try:
         with signals:
-            while clock.share(step) < 1:
+            while True:
+                agreed = agreement.on(
+                    stop=signals.received is not None,
+                    save=saving.time(clock),
+                    share=clock.share(step),
+                )
+                share = clock.share(step) if clock.seconds is None else agreed.share
+                if share >= 1:
+                    break
                 if stop_at is not None and step >= stop_at:
                     why = "stop-at"
                     break
-                if signals.received:
-                    why = signals.received
+                if agreed.stop:
+                    why, stopped = signals.received or "SIGTERM", True
                     break
-                batch = next(batches)
-                state, metrics = update(state, batch, np.float32(clock.share(step)))
+                batch = joined(next(batches))
+                state, metrics = update(state, batch, np.float32(share))
                 step += 1
                 log.push(step, metrics)
                 if eval_every is not None and step % eval_every == 0:
@@ -183,7 +213,9 @@ def _train(
                     if run.train.target_loss and val.loss <= run.train.target_loss:
                         why = "target"
                         break
-                if saving.due(step, clock):
+                if saving.due(step, agreed.save):
+                    saving.last = clock.elapsed()
+                    agreement.saved()
                     log.flush()
                     _save(checkpoints, state, batches.state(), form, log)
         log.flush(last=True)
@@ -191,7 +223,7 @@ def _train(
         if checkpoints.latest() != step:
             _save(checkpoints, state, batches.state(), form, log)
         finished = why in ("budget", "target")
-        if val_step != step and not signals.received:
+        if val_step != step and not stopped:
             reporter.note("Scoring the held-out text.")
             val = score(state)
             log.evaluated(step, val)
@@ -203,7 +235,7 @@ def _train(
 
     # ---- tell
     speed = log.tokens_here / log.seconds_here if log.tokens_here else None
-    peak = peak_flops(run.compute.dtype, run.mesh.devices)
+    peak = peak_flops(run.compute.dtype, run.mesh.devices) if first else None
     flops = run_flops_per_token(run).train
     result = TrainResult(
         out=str(out),
@@ -219,7 +251,7 @@ def _train(
         finished=finished,
         stopped_by=why,
     )
-    if finished:
+    if finished and first:
         write_json(out / "result.json", asdict(result))
     return result
 
@@ -230,13 +262,11 @@ class _SavePlan:
     def __init__(self, every: int | None, clock: "_Clock"):
         self.every, self.last = every, clock.elapsed()
 
-    def due(self, step: int, clock: "_Clock") -> bool:
-        if self.every is not None:
-            return step % self.every == 0
-        if clock.elapsed() - self.last < 600:
-            return False
-        self.last = clock.elapsed()
-        return True
+    def time(self, clock: "_Clock") -> bool:
+        return self.every is None and clock.elapsed() - self.last >= 600
+
+    def due(self, step: int, time: bool) -> bool:
+        return time if self.every is None else step % self.every == 0
 
 
 # ---------------------------------------------------------------------------- the budget
@@ -365,8 +395,10 @@ class _Log:
         self.bits = None
         if prepared.train_bytes:
             self.bits = prepared.train_tokens / prepared.train_bytes / math.log(2)
-        self.file = _continue_lines(out / "metrics.jsonl", step)
-        self.tracker = Tracker(out, run, trackers)
+        first = processes.is_first()
+        path = out / "metrics.jsonl" if first else Path(os.devnull)
+        self.file = _continue_lines(path, step) if first else path.open("w")
+        self.tracker = Tracker(out, run, trackers if first else ())
 
     def push(self, step: int, metrics: dict) -> None:
         """Takes a step's metrics without waiting for them."""
