@@ -19,6 +19,9 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
     f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={DEVICES}".strip()
 )
+# Pretrained models are fetched before the tests (scripts/), to where the user's lie.
+cache = Path(os.environ.get("ASSAY_CACHE") or "~/.cache/assay").expanduser()
+os.environ.setdefault("ASSAY_MODELS", str(cache / "models"))
 os.environ["ASSAY_CACHE"] = tempfile.mkdtemp(prefix="assay-cache-")
 os.environ["MPLBACKEND"] = "agg"
 os.environ["HF_HUB_OFFLINE"] = "1"

@@ -1,15 +1,21 @@
-"""MODEL, as commands take it: a preset's name, a run's folder, or a Hugging Face folder."""
+"""MODEL, as commands take it.
+
+A preset's name; a run's folder; a Hugging Face folder, or an id of the Hub (`owner/name`); a
+`.gguf` file; a model folder that `assay convert` wrote; or the name of a pretrained model.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from assay.errors import AssayError, did_you_mean
+from assay.spec.model import TransformerSpec
 from assay.spec.presets import PRESETS
-from assay.spec.run import ComputeSpec, RunSpec
+from assay.spec.run import ComputeSpec, DataSpec, RunSpec
 
 if TYPE_CHECKING:
     from assay.data.tokenizers import Tokenizer
+    from assay.interop.convert import Source
     from assay.model.transformer import Transformer
 
 
@@ -25,31 +31,134 @@ class Loaded:
 
 
 def kind_of(model: str | Path) -> str:
-    """preset, run, or huggingface.
+    """preset, run, assay (a model folder), huggingface, gguf, hub or pretrained.
 
     Raises:
-        AssayError: if it is none of them.
+        AssayError: if it is none of them, or a pickle.
     """
-    path = Path(model)
+    from assay.interop import hub
+
+    path, name = Path(model), str(model)
     if (path / "run.json").is_file():
         return "run"
+    if (path / "assay_model.json").is_file():
+        return "assay"
     if (path / "config.json").is_file():
         return "huggingface"
-    if str(model) in PRESETS:
+    if path.is_file():
+        return _kind_of_file(path)
+    if name in PRESETS:
         return "preset"
+    if name in hub.PRETRAINED:
+        return "pretrained"
     if path.is_dir():
-        raise AssayError(f"{model}: the folder holds neither a run.json nor a config.json.")
+        raise AssayError(f"{model}: the folder holds no run.json, assay_model.json or config.json.")
+    if hub.is_id(name) and not path.parent.is_dir():
+        return "hub"
+    if path.suffix == ".gguf":
+        raise AssayError(f"{model}: there is no such file.")
     raise AssayError(
-        f"'{model}' is neither a preset, nor the folder of a run or of a Hugging Face model; "
-        f"{did_you_mean(str(model), PRESETS)}"
+        f"'{model}' is neither a preset, nor a folder of a run or of a model, nor a .gguf file, "
+        f"nor an id of the Hugging Face Hub; {did_you_mean(name, [*PRESETS, *hub.PRETRAINED])}"
     )
 
 
-def load(model: str | Path, dtype: str = "float32", *, seed: int = 0) -> Loaded:
+def _kind_of_file(path: Path) -> str:
+    if path.suffix == ".gguf":
+        return "gguf"
+    from assay.interop.tensor_files import PICKLES, refuse_pickle
+
+    if path.suffix in PICKLES:
+        raise refuse_pickle(path)
+    raise AssayError(f"{path}: is no model; of files, only .gguf ones are. Name the folder.")
+
+
+def spec_of(model: str | Path) -> TransformerSpec:
+    """The architecture alone; no weights are read.
+
+    Raises:
+        AssayError: as `load`.
+    """
+    return run_of(model).model
+
+
+def run_of(model: str | Path) -> RunSpec:
+    """The run of a preset or a run's folder; of another model, its architecture in a default run.
+
+    Raises:
+        AssayError: as `load`.
+    """
+    match kind_of(model):
+        case "preset":
+            return PRESETS[str(model)].run
+        case "run":
+            from assay.train.loop import read_run
+
+            return read_run(model)
+        case "gguf":
+            from assay.interop.gguf import GgufFile
+
+            return _default_run(GgufFile(model).spec)
+        case "assay":
+            from assay.interop.convert import read_model_file
+
+            spec = read_model_file(Path(model))["spec"]
+            return _default_run(TransformerSpec.from_data(spec))
+        case "pretrained":
+            from assay.interop import hub
+
+            return run_of(hub.local_or_hub(str(model)))
+        case "hub":
+            from assay.interop import hub
+
+            model = hub.fetch(str(model), weights=False)
+    from assay.interop.huggingface import read_config, spec_from_config
+
+    return _default_run(spec_from_config(read_config(model)))
+
+
+def _default_run(spec: TransformerSpec) -> RunSpec:
+    packing = "stream" if spec.encoder is None else "pairs"
+    return RunSpec(model=spec, data=DataSpec(packing=packing))
+
+
+def open_source(model: str | Path) -> "Source":
+    """A checkpoint as `assay convert` reads it: nothing but what it says of itself is read yet.
+
+    Raises:
+        AssayError: if there is no such model, it is a preset, or its files are no good.
+    """
+    from assay.interop import convert, hub
+
+    match kind_of(model):
+        case "preset":
+            raise AssayError(f"{model}: a preset has no weights; train it first.")
+        case "run":
+            from assay.data import tokenizers
+            from assay.train.checkpoint import restore_parameters
+            from assay.train.loop import read_run
+
+            folder = Path(model)
+            named, _ = restore_parameters(folder / "checkpoints")
+            spec = read_run(folder).model
+            return convert.open_run(folder, spec, named, tokenizers.load(folder))
+        case "gguf":
+            return convert.open_gguf(Path(model))
+        case "assay":
+            return convert.open_model_folder(Path(model))
+        case "pretrained":
+            return open_source(hub.local_or_hub(str(model)))
+        case "hub":
+            return convert.open_huggingface(hub.fetch(str(model)))
+    return convert.open_huggingface(Path(model))
+
+
+def load(model: str | Path, dtype: str = "float32", *, seed: int = 0, mesh: Any = None) -> Loaded:
     """The model that a name or folder stands for, its tokenizer, and the run it came from.
 
     A preset has random parameters, drawn from `seed`, and no tokenizer but the byte one where
-    its vocabulary is that.
+    its vocabulary is that. With a `jax.sharding.Mesh`, the files of a model are read shard by
+    shard onto its devices.
 
     Raises:
         AssayError: if there is no such model, or its files are no good.
@@ -82,9 +191,9 @@ def load(model: str | Path, dtype: str = "float32", *, seed: int = 0) -> Loaded:
             named, step = restore_parameters(folder / "checkpoints")
             made = from_named_parameters(run.model, named, compute)
             return Loaded(str(model), made, tokenizers.load(folder), run, step)
-        case "huggingface":
-            from assay.interop.huggingface import load_folder
+    from assay.interop.convert import place
 
-            spec, named = load_folder(Path(model))
-            made = from_named_parameters(spec, named, compute)
-            return Loaded(str(model), made, tokenizers.read_file(model))
+    source = open_source(model)
+    named = place(source.entries("assay", source.spec, None, None), source.spec, mesh)
+    made = from_named_parameters(source.spec, named, compute)
+    return Loaded(str(model), made, source.tokenizer)

@@ -2,7 +2,14 @@
 
 import sys
 
-from assay.cli import describe, measure, plan, train, use  # noqa: F401, each adds its commands
+from assay.cli import (  # noqa: F401, each adds its commands
+    convert,
+    describe,
+    measure,
+    plan,
+    train,
+    use,
+)
 from assay.cli.application import app
 from assay.errors import AssayError
 

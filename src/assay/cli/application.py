@@ -23,7 +23,10 @@ app = typer.Typer(
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON object as the last line.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bar, no notes.")]
-Model = Annotated[str, typer.Argument(help="A preset, a run's folder, or a Hugging Face folder.")]
+Model = Annotated[
+    str,
+    typer.Argument(help="A preset, a run, a Hugging Face folder or id, a .gguf, a model folder."),
+]
 Settings = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="PATH=VALUE", help="Any field, as model.decoder.num_layers=2."),

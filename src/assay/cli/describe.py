@@ -1,6 +1,5 @@
 """Commands that look: presets, corpora, show."""
 
-from pathlib import Path
 from typing import Any
 
 from rich.markup import escape
@@ -103,7 +102,7 @@ def show(model: Model, as_json: Json = False, settings: Settings = None) -> None
         parameters,
     )
 
-    spec = _spec_of(model, settings)
+    spec = run_of(model, changes_of(settings)).model
     count, flops = parameters(spec), flops_per_token(spec)
     data = {
         "spec": spec.model_dump(mode="json"),
@@ -136,28 +135,8 @@ def show(model: Model, as_json: Json = False, settings: Settings = None) -> None
     emit(data, as_json)
 
 
-def _spec_of(model: str, settings: list[str] | None):
-    """The architecture alone: no weights are read."""
-    return run_of(model, changes_of(settings)).model
-
-
 def run_of(model: str, changes: dict[str, Any]):
     """The run that a model's name, folder or file stands for, changed; no weights are read."""
-    from assay.loading import kind_of
-    from assay.spec.presets import PRESETS
+    from assay.loading import run_of as found
 
-    match kind_of(model):
-        case "preset":
-            run = PRESETS[model].run
-        case "run":
-            from assay.train.loop import read_run
-
-            run = read_run(model)
-        case "huggingface":
-            from assay.interop.huggingface import read_config
-            from assay.spec.run import DataSpec, RunSpec
-
-            spec = read_config(Path(model))
-            packing = "stream" if spec.encoder is None else "pairs"
-            run = RunSpec(model=spec, data=DataSpec(packing=packing))
-    return run.changed(changes)
+    return found(model).changed(changes)

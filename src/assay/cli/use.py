@@ -34,6 +34,10 @@ def generate(
     min_p: Annotated[float | None, typer.Option(min=0, max=1)] = None,
     repetition_penalty: Annotated[float, typer.Option(min=0)] = 1.0,
     stop: Annotated[list[str] | None, typer.Option(help="Ends the text; may be repeated.")] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="The prompt is a message, in the model's own template.")
+    ] = False,
+    system: Annotated[str | None, typer.Option(help="With --chat: the system's message.")] = None,
     seed: Seed = 0,
     dtype: Dtype = "float32",
     as_json: Json = False,
@@ -51,10 +55,21 @@ def generate(
         raise AssayError(f"{model}: it has no tokenizer, so there is no text to make; train it.")
     if loaded.step is None and loaded.run is not None and not quiet:
         print("note: a preset has random weights; this is noise.", file=sys.stderr)
+    if system is not None and not chat:
+        raise AssayError("--system: is the message of a chat; give --chat too.")
+    text, stop_tokens = prompt, []
+    if chat:
+        from assay.data import chat as templates
+
+        messages = [{"role": "user", "content": prompt}]
+        if system is not None:
+            messages.insert(0, {"role": "system", "content": system})
+        text = templates.encode(loaded.tokenizer, messages)
+        stop_tokens = templates.end_of_turn_ids(loaded.tokenizer)
     stream = stream_text(
         loaded.model,
         loaded.tokenizer,
-        prompt,
+        text,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_k=top_k,
@@ -62,10 +77,11 @@ def generate(
         min_p=min_p,
         repetition_penalty=repetition_penalty,
         stop=tuple(stop or ()),
+        stop_tokens=stop_tokens,
         seed=seed,
     )
     show_text = not as_json
-    if show_text:
+    if show_text and not chat:
         print(prompt, end="", flush=True)
     for piece in stream:
         if show_text:

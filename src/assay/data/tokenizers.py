@@ -1,5 +1,7 @@
 """Text to ids and back: bytes, characters, BPE trained here, any Hugging Face tokenizer.json.
 
+Other forms (GGUF, tiktoken) are `vocabularies`'; chat templates are `chat`'s.
+
 Text is never read as a special token: `<|endoftext|>` inside a corpus or a prompt is thirteen
 characters. A program that means the special token puts its id there.
 """
@@ -205,6 +207,7 @@ class HuggingFaceTokenizer(_Base):
         kind: str = "file",
         eos: str | None = None,
         bos: str | None = None,
+        chat_template: str | None = None,
     ):
         from tokenizers import Tokenizer as Library
 
@@ -215,7 +218,8 @@ class HuggingFaceTokenizer(_Base):
         self._library.no_truncation()
         self._library.no_padding()
         self._library.encode_special_tokens = True  # specials inside a text are text
-        self.kind, self._eos, self._bos = kind, eos, bos
+        self.kind, self.eos_token, self.bos_token = kind, eos, bos
+        self.chat_template = chat_template
         vocabulary = self._library.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values()) + 1
         self.eos_id = vocabulary.get(eos)
@@ -239,7 +243,7 @@ class HuggingFaceTokenizer(_Base):
 
     def _bytes_of(self, token: str) -> bytes:
         if self._byte_level:
-            return b"".join(_BYTE_OF.get(c) or c.encode() for c in token)
+            return b"".join(BYTE_OF.get(c) or c.encode() for c in token)
         if re.fullmatch(r"<0x[0-9A-F]{2}>", token):
             return bytes([int(token[3:5], 16)])
         return token.replace("▁", " ").encode()
@@ -249,22 +253,59 @@ class HuggingFaceTokenizer(_Base):
         encoded = self._library.encode_batch_fast(pieces, add_special_tokens=False)
         return np.concatenate([np.array(e.ids, np.int32) for e in encoded])
 
+    def encode_with_special(self, text: str) -> Ids:
+        """As `encode`, but special tokens in the text are read as such: for chat templates."""
+        return np.array(self._reads_special.encode(text, add_special_tokens=False).ids, np.int32)
+
+    @cached_property
+    def _reads_special(self) -> Any:
+        from tokenizers import Tokenizer as Library
+
+        return Library.from_str(self._library.to_str())
+
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         content = super().decode_bytes(ids)
         return content.removeprefix(b" ") if self._drop_first_space else content
 
     def to_files(self) -> dict[str, str]:
-        about = {"kind": self.kind, "eos": self._eos, "bos": self._bos}
+        about = {"kind": self.kind, "eos": self.eos_token, "bos": self.bos_token}
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
-            "eos_token": self._eos,
-            "bos_token": self._bos,
+            "eos_token": self.eos_token,
+            "bos_token": self.bos_token,
         }
+        if self.chat_template is not None:
+            about["chat_template"] = config["chat_template"] = self.chat_template
         return {
             "tokenizer.json": self._library.to_str(),
             "tokenizer_config.json": json.dumps(config),
             FILE: json.dumps(about),
         }
+
+
+def huggingface_files(tokenizer: Tokenizer) -> dict[str, str]:
+    """`tokenizer.json` and its configuration, which `transformers` reads; none of mere ids."""
+    from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer as Library
+
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        return {name: text for name, text in tokenizer.to_files().items() if name != FILE}
+    if isinstance(tokenizer, ByteTokenizer):
+        vocabulary = {character: value[0] for character, value in BYTE_OF.items()}
+        library = Library(models.BPE(vocabulary | {END: tokenizer.eos_id}, []))
+        library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        library.decoder = decoders.ByteLevel()
+    elif isinstance(tokenizer, CharTokenizer):
+        vocabulary = {character: i for i, character in enumerate(tokenizer.alphabet)}
+        library = Library(models.WordLevel(vocabulary | tokenizer.special_ids, unk_token=UNKNOWN))
+        library.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+        library.decoder = decoders.Fuse()
+    else:
+        return {}
+    specials = [AddedToken(token, special=True) for token in tokenizer.special_ids]
+    library.add_special_tokens(specials)
+    made = HuggingFaceTokenizer(library.to_str(), eos=END, bos=END)
+    return {name: text for name, text in made.to_files().items() if name != FILE}
 
 
 def _kinds(part: Any) -> set[str]:
@@ -285,7 +326,7 @@ def _byte_of() -> dict[str, bytes]:
     return table | {chr(256 + i): bytes([byte]) for i, byte in enumerate(others)}
 
 
-_BYTE_OF = _byte_of()
+BYTE_OF = _byte_of()
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> HuggingFaceTokenizer:
@@ -322,6 +363,8 @@ def read_file(path: str | Path) -> HuggingFaceTokenizer:
     `special_tokens_map.json`, `generation_config.json` or `config.json` beside it name, else the
     first of the usual names that is in the vocabulary.
 
+    A file that ends in `.tiktoken` holds ranks (`vocabularies.read_ranks`).
+
     Raises:
         AssayError: if there is no such file, or if it is malformed.
     """
@@ -329,6 +372,10 @@ def read_file(path: str | Path) -> HuggingFaceTokenizer:
     file = path / "tokenizer.json" if path.is_dir() else path
     if not file.is_file():
         raise AssayError(f"{file}: there is no such file; expected a Hugging Face tokenizer.json.")
+    if file.suffix == ".tiktoken":
+        from assay.data.vocabularies import read_ranks
+
+        return read_ranks(file)
     try:
         definition = file.read_text(encoding="utf-8")
         added = json.loads(definition)["added_tokens"]
@@ -350,10 +397,23 @@ def read_file(path: str | Path) -> HuggingFaceTokenizer:
                 return named[i]
         return next((token for token in usual if token in vocabulary), None)
 
+    eos, bos, template = find("eos", _ENDS), find("bos", _STARTS), _chat_template(file.parent)
     try:
-        return HuggingFaceTokenizer(definition, eos=find("eos", _ENDS), bos=find("bos", _STARTS))
+        return HuggingFaceTokenizer(definition, eos=eos, bos=bos, chat_template=template)
     except AssayError as error:
         raise AssayError(f"{file}: {error}") from None
+
+
+def _chat_template(folder: Path) -> str | None:
+    """A folder's chat_template.jinja, or the one (or the default one) of its configuration."""
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    found = _json(folder / "tokenizer_config.json").get("chat_template")
+    if isinstance(found, list):
+        named = {entry.get("name"): entry.get("template") for entry in found}
+        found = named.get("default")
+    return found if isinstance(found, str) else None
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -35,10 +35,14 @@ class Completion:
     timing: Timing
 
 
+Prompt = str | Sequence[int] | np.ndarray
+"""A text, or its ids (a conversation's, say)."""
+
+
 def complete(
     model: Transformer | Generator,
     tokenizer: Tokenizer,
-    prompt: str,
+    prompt: Prompt,
     *,
     max_new_tokens: int,
     stop: str | Sequence[str] = (),
@@ -60,7 +64,7 @@ def complete(
 def complete_batch(
     model: Transformer | Generator,
     tokenizer: Tokenizer,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     *,
     max_new_tokens: int | Sequence[int],
     stop: str | Sequence[str] = (),
@@ -83,7 +87,7 @@ def complete_batch(
 def stream_text(
     model: Transformer | Generator,
     tokenizer: Tokenizer,
-    prompt: str,
+    prompt: Prompt,
     *,
     max_new_tokens: int,
     stop: str | Sequence[str] = (),
@@ -170,7 +174,10 @@ def _start(model, tokenizer, prompts, max_new_tokens, settings) -> tuple[Session
     start_id = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
     ids = []
     for prompt in prompts:
-        tokens = tokenizer.encode(prompt) if prompt else np.zeros((0,), np.int32)
+        if isinstance(prompt, str):
+            tokens = tokenizer.encode(prompt) if prompt else np.zeros((0,), np.int32)
+        else:
+            tokens = np.asarray(prompt, np.int32)
         if not len(tokens):
             if start_id is None:
                 raise AssayError(

@@ -1,0 +1,70 @@
+"""Logits by a format's own implementation: `transformers`, of a folder or of a GGUF file."""
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+
+from assay.errors import AssayError
+
+
+def missing(source: str, to: str) -> str | None:
+    """Why a conversion cannot be verified here, or None."""
+    if source in ("run", "assay") and to == "assay":
+        return None
+    absent = [name for name in ("torch", "transformers") if find_spec(name) is None]
+    if absent:
+        return f"not verified: {' and '.join(absent)} must be installed to compare with"
+    return None
+
+
+def logits(path: Path, kind: str, tokens: np.ndarray, dtype: str | None) -> np.ndarray:
+    """float32 [batch, tokens, vocabulary] of a Hugging Face folder or a GGUF file, on the CPU.
+
+    With `dtype`, the weights are rounded to it first, as those of a cast conversion are.
+
+    Raises:
+        AssayError: if `transformers` finds a key missing or unexpected, or cannot read it.
+    """
+    import torch
+
+    try:
+        model = _from_gguf(path) if kind == "gguf" else _from_folder(path)
+    except (ValueError, OSError, KeyError, RuntimeError) as error:
+        raise AssayError(f"{path}: transformers cannot load it ({error}).") from None
+    model = model.to(torch.float32).eval()
+    with torch.no_grad():
+        for parameter in model.parameters() if dtype is not None else ():
+            parameter.copy_(parameter.to(getattr(torch, dtype)))
+        return model(torch.from_numpy(np.asarray(tokens, np.int64))).logits.numpy()
+
+
+def _from_folder(path: Path):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model, info = AutoModelForCausalLM.from_pretrained(
+        path, output_loading_info=True, local_files_only=True, dtype=torch.float32
+    )
+    for problem, names in info.items():
+        if names:
+            raise AssayError(f"{path}: transformers finds {problem}: {names}.")
+    return model
+
+
+def _from_gguf(path: Path):
+    """As `from_pretrained(gguf_file=...)` does, which asks for one package more (accelerate)."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+    config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+    with no_init_weights():
+        model = AutoModelForCausalLM.from_config(config)
+    state = load_gguf_checkpoint(path, return_tensors=True, model_to_load=model)["tensors"]
+    found = model.load_state_dict(state, strict=False, assign=True)
+    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    if set(found.missing_keys) - tied or found.unexpected_keys:
+        raise AssayError(f"{path}: transformers finds {found}.")
+    model.tie_weights()
+    return model
