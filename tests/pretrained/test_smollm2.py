@@ -41,6 +41,11 @@ def path() -> Path:
     return found
 
 
+def test_the_script_fetches_what_the_name_stands_for():
+    script = (Path(__file__).parents[2] / "scripts" / "fetch_smollm2.py").read_text()
+    assert f'FILE = "{hub.PRETRAINED[NAME][0]}"' in script
+
+
 @pytest.fixture(scope="module")
 def ours(path):
     return load(NAME)

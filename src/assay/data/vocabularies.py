@@ -63,16 +63,12 @@ def from_gguf(metadata: Mapping[str, Any]) -> HuggingFaceTokenizer:
         i = metadata.get(f"tokenizer.ggml.{role}_token_id")
         return tokens[i] if i is not None and 0 <= i < len(tokens) else None
 
-    unknown = token("unknown")
-    match kind:
-        case "gpt2":
-            library = _byte_level(metadata, tokens)
-        case "llama":
-            library = _sentencepiece(metadata, tokens, unknown)
-        case _:
-            raise AssayError(
-                f"tokenizer.ggml.model is {kind!r}, not supported; supported are: gpt2, llama."
-            )
+    if kind not in GGUF_KINDS:
+        raise AssayError(
+            f"tokenizer.ggml.model is {kind!r}, not supported; supported are: "
+            f"{', '.join(GGUF_KINDS)}."
+        )
+    library = GGUF_KINDS[kind](metadata, tokens, token("unknown"))
     control = [t for t, type_ in zip(tokens, types, strict=True) if type_ == CONTROL]
     defined = [t for t, type_ in zip(tokens, types, strict=True) if type_ == USER_DEFINED]
     _add(library, control, defined)
@@ -91,7 +87,7 @@ def _add(library, special: Sequence[str], plain: Sequence[str] = ()) -> None:
     library.add_tokens([AddedToken(t, normalized=False) for t in plain])
 
 
-def _byte_level(metadata: Mapping[str, Any], tokens: list[str]):
+def _byte_level(metadata: Mapping[str, Any], tokens: list[str], unknown: str | None):
     merges = metadata.get("tokenizer.ggml.merges")
     if merges is None:
         raise AssayError("tokenizer.ggml.merges is missing.")
@@ -165,6 +161,9 @@ def _sentencepiece(metadata: Mapping[str, Any], tokens: list[str], unknown: str 
     )
     return library
 
+
+GGUF_KINDS = {"gpt2": _byte_level, "llama": _sentencepiece}
+"""`tokenizer.ggml.model` -> what rebuilds it."""
 
 # ---------------------------------------------------------------------------- tiktoken
 

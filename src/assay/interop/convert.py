@@ -402,6 +402,9 @@ def _model_card(
     source: Source, spec: TransformerSpec, name: str, difference: float | None, note: str | None
 ) -> str:
     count = sum(int(np.prod(shape)) for shape in _shapes_of(spec).values())
+    pairs = getattr(spec, "encoder", None) is not None
+    form = "AutoModelForSeq2SeqLM" if pairs else "AutoModelForCausalLM"
+    task = "text2text-generation" if pairs else "text-generation"
     if difference is None:
         proof = f"The logits were not compared with the source's: {note}."
     else:
@@ -411,7 +414,7 @@ def _model_card(
         )
     return f"""---
 library_name: transformers
-pipeline_tag: text-generation
+pipeline_tag: {task}
 ---
 
 # {name}
@@ -420,9 +423,9 @@ pipeline_tag: text-generation
 Converted by Assay from `{source.path.name}`. {proof}
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {form}, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("{name}")
+model = {form}.from_pretrained("{name}")
 tokenizer = AutoTokenizer.from_pretrained("{name}")
 ```
 """
@@ -482,8 +485,13 @@ def _our_logits(
     model = from_named_parameters(spec, place(entries, spec, mesh))
     ways = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in RULES["batch"])
     rows = np.repeat(tokens, ways, axis=0)  # one for each device along the batch
+
+    def forward(model, rows):
+        both = {"source": rows} if getattr(spec, "encoder", None) is not None else {}
+        return model(rows, **both)
+
     with use_mesh(mesh):
-        return np.asarray(jax.jit(lambda model, rows: model(rows))(model, rows))[:1]
+        return np.asarray(jax.jit(forward)(model, rows))[:1]
 
 
 def place(

@@ -36,14 +36,19 @@ def logits(path: Path, kind: str, tokens: np.ndarray, dtype: str | None) -> np.n
     with torch.no_grad():
         for parameter in model.parameters() if dtype is not None else ():
             parameter.copy_(parameter.to(getattr(torch, dtype)))
-        return model(torch.from_numpy(np.asarray(tokens, np.int64))).logits.numpy()
+        ids = torch.from_numpy(np.asarray(tokens, np.int64))
+        # Of an encoder and a decoder, both read the text.
+        both = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+        return model(input_ids=ids, **both).logits.numpy()
 
 
 def _from_folder(path: Path):
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-    model, info = AutoModelForCausalLM.from_pretrained(
+    config = AutoConfig.from_pretrained(path, local_files_only=True)
+    form = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    model, info = form.from_pretrained(
         path, output_loading_info=True, local_files_only=True, dtype=torch.float32
     )
     for problem, names in info.items():
