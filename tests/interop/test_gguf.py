@@ -220,10 +220,21 @@ def test_values(kind, tmp_path):
 # ---------------------------------------------------------------------------- models
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "smollm", "qwen2", "qwen3", "qwen3_moe"])
+# What transformers does not read of a GGUF file, and takes by default.
+ITS_DEFAULTS = {
+    "gpt2": {"n_positions": 1024},
+    "llama": {},
+    "smollm": {},
+    "qwen2": {},
+    "qwen3": {"head_dim": 128},
+    "qwen3_moe": {"moe_intermediate_size": 768, "norm_topk_prob": True},
+}
+
+
+@pytest.mark.parametrize("family", ITS_DEFAULTS)
 def test_models_against_transformers(family, tmp_path):
     """Its own GGUF loader gives the logits that ours are compared with."""
-    config, spec, state = example(family)
+    config, spec, state = example(family, **ITS_DEFAULTS[family])
     path = write(tmp_path / "x.gguf", config["model_type"], state, config)
     assert kind_of(path) == "gguf"
     assert spec_of(path) == spec

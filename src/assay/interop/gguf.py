@@ -122,7 +122,12 @@ class GgufFile(Mapping):
 
     @cached_property
     def metadata(self) -> dict[str, Any]:
-        return {name: field.contents() for name, field in self._reader.fields.items()}
+        """By name; of a float32 the shortest number that is it (1e-05, not 9.999999747e-06)."""
+        found = {name: field.contents() for name, field in self._reader.fields.items()}
+        return {
+            name: float(str(np.float32(value))) if isinstance(value, float) else value
+            for name, value in found.items()
+        }
 
     def config(self) -> dict[str, Any]:
         """What the config.json of this model would say."""
