@@ -184,16 +184,11 @@ def test_values(kind, tmp_path):
             raw[:, at : at + 2] = rng.normal(0, 0.1, (256, 1)).astype("<f2").view(np.uint8)
     else:
         raw = gguf.quants.quantize(state[name], type_).view(np.uint8).reshape(256, -1)
-    out = tmp_path / "x.gguf"
-    writer = type("Fixed", (), {})
-    del writer
-    original = add
+    data = raw.view({"F32": "<f4", "F16": "<f2"}.get(kind, np.uint8))
+    out, original = tmp_path / "x.gguf", add
 
     def patched(file, tensor_name, tensor, kinds):
         if tensor_name == "blk.0.ffn_up.weight":
-            data = (
-                raw if kind not in ("F32", "F16") else raw.view({"F32": "<f4", "F16": "<f2"}[kind])
-            )
             file.add_tensor(tensor_name, data, raw_dtype=type_)
         else:
             original(file, tensor_name, tensor, kinds)

@@ -114,7 +114,8 @@ def encode(tokenizer: Tokenizer, messages: Sequence[Message], **options: Any) ->
     Raises:
         AssayError: as `conversation`.
     """
-    return tokenizer.encode_with_special(conversation(tokenizer, messages, **options))
+    text = conversation(tokenizer, messages, **options)
+    return tokenizer.encode_with_special(text)
 
 
 def end_of_turn_ids(tokenizer: Tokenizer) -> list[int]:

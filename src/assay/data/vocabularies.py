@@ -211,9 +211,7 @@ def read_ranks(path: Path) -> HuggingFaceTokenizer:
             ) from None
     missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
     if missing:
-        raise AssayError(
-            f"{path}: byte {missing[0]} has no rank (nor have {len(missing) - 1} more)."
-        )
+        raise AssayError(f"{path}: {len(missing)} of the 256 bytes have no rank.")
     if len(set(ranks.values())) != len(ranks):
         raise AssayError(f"{path}: two tokens have the same rank.")
     cut, special = KNOWN_RANKS.get(path.stem, (_LLAMA3, {_END: max(ranks.values()) + 1}))
