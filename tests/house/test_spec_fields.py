@@ -246,6 +246,9 @@ READING = PLAIN.replace(
     encoder=PLAIN.decoder.replace(causal=False),
     decoder=PLAIN.decoder.replace(pattern=(BLOCK.replace(cross=BLOCK.attention),)),
 )
+ALIBI = PLAIN.at(POSITIONS, "alibi")
+VALUES = PLAIN.at(f"{ATTENTION}.value_embedding", {"gate_channels": 4})
+FURTHER = PLAIN.at("multi_token", {"depth": 1})
 UNTIED = PLAIN.at("head.tied", False)
 TRUNCATED = PLAIN.at(WEIGHTS, {"kind": "truncated_normal", "std": 0.3})
 XAVIER = PLAIN.at(WEIGHTS, "xavier")
@@ -363,6 +366,7 @@ CASES: dict[str, Case] = {
         "kind": "none", "theta": 100.0, "scaling": {"kind": "linear", "factor": 2.0}})),
     **name_all("RelativeBias", models(RELATIVE, POSITIONS, {
         "kind": "none", "buckets": 4, "max_distance": 6})),
+    **name_all("Alibi", models(ALIBI, POSITIONS, {"kind": "none"})),
     # ---- norms
     **name_all("LayerNorm", models(PLAIN, NORM, {
         "kind": "rmsnorm", "epsilon": 1e-2, "scale": False, "bias": False})),
@@ -386,7 +390,9 @@ CASES: dict[str, Case] = {
     **name_all("AttentionSpec", models(PLAIN, ATTENTION, {
         "heads": 2, "kv_heads": 1, "head_dim": 8, "positions": "rope", "qkv_bias": True,
         "out_bias": True, "qk_norm": {}, "scale": 0.1, "softcap": 1.0, "window": 3,
-        "dropout": 0.5})),
+        "gate": "head", "value_embedding": {"gate_channels": 4}, "dropout": 0.5})),
+    **name_all("ValueEmbedding", models(
+        VALUES, f"{ATTENTION}.value_embedding", {"gate_channels": 8})),
     **name_all("MlpSpec", models(PLAIN, FEED_FORWARD, {
         "hidden": 32, "activation": "relu", "gated": True, "bias": True})),
     "MlpSpec.kind": Case(of_model, PLAIN, f"{FEED_FORWARD}.kind", "another", refused=True),
@@ -431,6 +437,9 @@ CASES: dict[str, Case] = {
     "TransformerSpec.source_embedding": Case(of_model, READING, "source_embedding", {}),
     "TransformerSpec.context": Case(of_model, LEARNED, "context", 16),
     "TransformerSpec.head": Case(of_model, TABLE, "head", HeadSpec().model_dump()),
+    "TransformerSpec.multi_token": Case(of_model, PLAIN, "multi_token", {"depth": 1}),
+    "MultiToken.depth": Case(of_model, FURTHER, "multi_token.depth", 2),
+    "MultiToken.loss": Case(of_loss, TINY.replace(model=FURTHER), "model.multi_token.loss", 0.9),
     # ---- tokenizers
     **tokenizer(ByteTokenizerSpec(), "char"),
     **tokenizer(CharTokenizerSpec(), "byte"),

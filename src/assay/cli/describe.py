@@ -122,7 +122,8 @@ def show(model: Model, as_json: Json = False, settings: Settings = None) -> None
         table.add_column("forward FLOPs a token", justify="right")
         for name in {**count.parts, **flops.parts}:
             part = count.parts[name].total if name in count.parts else 0
-            table.add_row(name, f"{part:,}", f"{flops.parts.get(name, 0):,}")
+            if name != "ahead" or part:  # multi-token prediction is of training alone
+                table.add_row(name, f"{part:,}", f"{flops.parts.get(name, 0):,}")
         table.add_row("[bold]all", f"[bold]{count.total:,}", f"[bold]{flops.forward:,}")
         console.print(table)
         if count.active != count.total:

@@ -27,7 +27,7 @@ from assay.model.loss import token_losses
 from assay.model.moe import Moe, Routing
 from assay.model.transformer import Output, Transformer, abstract, merge_named, named_parameters
 from assay.spec import presets
-from assay.spec.model import AttentionSpec, CapacitySpec, TransformerSpec
+from assay.spec.model import AttentionSpec, CapacitySpec, TransformerSpec, spec_exceptions
 from assay.spec.run import ComputeSpec
 
 ROWS = 4
@@ -182,6 +182,19 @@ def both_outputs(
     The training forward draws what training draws (dropout, routers' noise), and the same
     whatever the tokens; experts' capacity limits are so tight that choices are dropped.
     """
+    if model.spec.multi_token is not None:
+        trained = congested(model).forward(tokens, key=key, train=True, **given)
+        # What is made of place i and of later tokens up to i + k stands at i + k here: after it,
+        # no token may matter.
+        ahead = {
+            f"training, {k + 1} ahead,": Output(
+                jnp.pad(logits, ((0, 0), (k, 0), (0, 0)))[:, : tokens.shape[1]], None, ()
+            )
+            for k, logits in enumerate(trained.ahead, start=1)
+        }
+        return {"evaluation": Output(model(tokens, **given), None, ()), **ahead} | {
+            "training": Output(trained.logits, None, ())
+        }
     if not _expert_layers(model):
         training = model(tokens, key=key, train=True, **given)
         return {
@@ -219,19 +232,8 @@ def congested(model: Transformer, priority: str | None = None) -> Transformer:
 def _expert_layers(model: Transformer) -> list[Moe]:
     stacks = [stack for stack in (model.encoder, model) if stack is not None]
     blocks = [block for stack in stacks for block in (*stack.stacked, *stack.layers)]
+    blocks += [module.block for module in model.ahead]
     return [b.feed_forward for b in blocks if isinstance(b.feed_forward, Moe)]
-
-
-def _by_weight(spec: TransformerSpec) -> list[str]:
-    """Where a stack gives places by weight: an option that is named as not causal."""
-    return [
-        f"decoder.pattern.{i}.feed_forward.capacity.priority"
-        for i, block in enumerate(spec.decoder.pattern)
-        if block.feed_forward is not None
-        and block.feed_forward.kind == "moe"
-        and block.feed_forward.capacity is not None
-        and block.feed_forward.capacity.priority == "weight"
-    ]
 
 
 @dataclass(frozen=True)
@@ -316,7 +318,7 @@ def without_weight_priority(model: Transformer, sample: Sample) -> tuple[Transfo
     `priority="weight"` is known to let training see the future, and its name is in the spec. All
     else is held to be causal: with that option alone undone, nothing may leak.
     """
-    options = _by_weight(model.spec)
+    options = spec_exceptions(model.spec)
     if not options:
         return model, ""
     given = sample.given
@@ -332,8 +334,8 @@ def without_weight_priority(model: Transformer, sample: Sample) -> tuple[Transfo
         if layer.capacity is not None:
             layer.capacity = layer.capacity.replace(priority="token")
     return ordered, (
-        f"; exception: {options[0]}='weight' lets a later token push out an earlier one in "
-        f"training (seen in {sum(moved)} of {len(moved)} changed futures); checked without it"
+        f"; exception: {options[0].removesuffix('.')} "
+        f"(seen in {sum(moved)} of {len(moved)} changed futures); checked without it"
     )
 
 
@@ -657,10 +659,10 @@ def unreached(
         why = "these rows only pad the vocabulary"
         for name in ("embedding.table", "source_embedding.table", "head.w", "head.b"):
             yield name, Unreached(padding, why)
-    why = "these tokens are not in the batch"
+    why_absent = "these tokens are not in the batch"
     if not tied:
-        yield "embedding.table", Unreached(absent, why)
-    yield "source_embedding.table", Unreached(~np.isin(rows, read), why)
+        yield "embedding.table", Unreached(absent, why_absent)
+    yield "source_embedding.table", Unreached(~np.isin(rows, read), why_absent)
     places, source = np.arange(spec.context), given["source"].shape[1] if given else 0
     beyond = places >= (tokens.shape[1] if own else max(tokens.shape[1], source))
     why = "these places are not in the batch"
@@ -668,6 +670,11 @@ def unreached(
     yield "source_embedding.positions", Unreached(places >= source, why)
     for layer, block in spec.layers():
         for part, attention in block.attentions().items():
+            if attention.value_embedding is not None:
+                table = f"{layer}.{part}.value_embedding.table"
+                met = read if layer.startswith("encoder.") else tokens[:, _steps_ahead(layer) :]
+                yield table, Unreached(~np.isin(rows, met), why_absent)
+                yield table, Unreached(padding, "these rows only pad the vocabulary")
             if attention.positions.kind == "rope" or attention.softcap:
                 continue  # a rotation or a cap makes the scores differ by more than a constant
             # q . (k + b) = q . k + q . b: the same for every key, which the softmax does not see.
@@ -676,6 +683,11 @@ def unreached(
                 f"{layer}.{part}.{name}",
                 Unreached(np.ones(1, bool), "it cancels in the softmax", cancels=True),
             )
+
+
+def _steps_ahead(layer: str) -> int:
+    """How far on the tokens are that a layer reads: `ahead.0` is one of multi-token prediction."""
+    return int(layer.split(".")[1]) + 1 if layer.startswith("ahead.") else 0
 
 
 def _unreached_by_routing(
@@ -718,12 +730,27 @@ def gradients(
     """Logits, what the routers did, and the mean loss's gradient as a model."""
 
     def loss(model):
+        if model.spec.multi_token is not None:
+            output = model.forward(tokens, ahead=True, **given)
+            total = jnp.mean(token_losses(output.logits, targets))
+            further = ahead_losses(output.ahead, targets)
+            return total + further, (output.logits, output.routing)
         routed = model.forward(tokens, **given) if _expert_layers(model) else None
         logits = routed.logits if routed else model(tokens, **given)
         return jnp.mean(token_losses(logits, targets)), (logits, routed.routing if routed else ())
 
     gradient, (logits, routing) = jax.grad(loss, has_aux=True)(model)
     return logits, routing, gradient
+
+
+def ahead_losses(
+    ahead: tuple[Float32[Array, "b t v"], ...], targets: Int32[Array, "b t"]
+) -> Float32[Array, ""]:
+    """Mean cross-entropies of multi-token prediction, of the places that have an answer, summed."""
+    total = jnp.float32(0)
+    for k, logits in enumerate(ahead, start=1):
+        total = total + jnp.mean(token_losses(logits[:, :-k], targets[:, k:]))
+    return total
 
 
 def gradients_reach(model: Transformer, sample: Sample) -> Check:
@@ -774,7 +801,7 @@ def _units(name: str, gradient: np.ndarray) -> np.ndarray:
     """The largest gradient in each unit: a table's row, a vocabulary column, an expert, or all."""
     size = np.abs(gradient)
     match name:
-        case _ if name.split(".")[0].endswith("embedding") and size.ndim == 2:
+        case _ if _is_table(name):
             return size.max(axis=1)
         case "head.w":
             return size.max(axis=0)
@@ -783,6 +810,11 @@ def _units(name: str, gradient: np.ndarray) -> np.ndarray:
     if ".experts." in name:
         return size.reshape(len(size), -1).max(axis=1)
     return size.max().reshape(1)
+
+
+def _is_table(name: str) -> bool:
+    """Whether it has a row for each token or place."""
+    return name.endswith(("embedding.table", "embedding.positions"))
 
 
 def _spot(name: str, units: np.ndarray) -> str:
@@ -849,7 +881,7 @@ def at_random(model: Transformer, seed: int) -> Transformer:
         noise = rng.standard_normal(shape, np.float32)
         if len(shape) == 1:
             return 0.2 * noise + name.endswith(".scale")
-        fan_in = shape[-1] if name.split(".")[0].endswith("embedding") else shape[-2]
+        fan_in = shape[-1] if _is_table(name) else shape[-2]
         return noise / np.float32(math.sqrt(fan_in))
 
     named = named_parameters(model)

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +15,11 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Float32, Int32, Key
 
 from assay.model.cache import LayerCache
-from assay.model.layers import Linear, Norm, dropout, use_cpu_kernels
-from assay.model.positions import relative_bias, rope_tables, rotate
-from assay.model.sharding import constrain
-from assay.spec.model import AttentionSpec, RelativeBias, Rope, WeightInit
+from assay.model.flash import fits, flash_attend, flash_kernel
+from assay.model.layers import Linear, Norm, activate, dropout, use_cpu_kernels
+from assay.model.positions import alibi_bias, relative_bias, rope_tables, rotate
+from assay.model.sharding import constant_parameter, constrain, parameter, table_rows
+from assay.spec.model import Alibi, AttentionSpec, RelativeBias, Rope, ValueEmbedding, WeightInit
 from assay.spec.run import ComputeSpec
 
 HIDDEN = -1e30
@@ -28,20 +30,34 @@ HIDDEN = -1e30
 class Geometry:
     """What every layer of one forward shares.
 
-    Masks by window, rotations by kind, biases of each head by kind; and the mask of the source.
+    Masks by window, rotations by kind, biases of each head by kind and number of heads; the mask
+    of the source; the tokens, for tables that are read in a layer. `in_order` is None where masks
+    follow from more than the places of a row: a cache, given positions, padding.
     """
 
     biases: dict[int | None, Float32[Array, "*b t s"]]
     rotations: dict[tuple[Rope, int], tuple[Array, Array]]
-    by_head: dict[RelativeBias, Float32[Array, "#b h t s"]] = field(default_factory=dict)
+    by_head: dict[tuple[RelativeBias | Alibi, int], Float32[Array, "#b h t s"]] = field(
+        default_factory=dict
+    )
     source: Float32[Array, "r 1 1 s"] | None = None
+    tokens: Int32[Array, "b t"] | None = None
+    in_order: "InOrder | None" = None
 
     def bias(self, attention: AttentionSpec) -> Float32[Array, "..."]:
         """What is added to the scores of an attention."""
         bias = self.biases[attention.window]
-        if attention.positions not in self.by_head:
+        kind = (attention.positions, attention.heads)
+        if kind not in self.by_head:
             return bias
-        return self.by_head[attention.positions] + bias.reshape((-1, 1, *bias.shape[-2:]))
+        return self.by_head[kind] + bias.reshape((-1, 1, *bias.shape[-2:]))
+
+
+class InOrder(NamedTuple):
+    """All that masks are made of where a row's places say who is behind whom."""
+
+    causal: bool
+    segment_ids: Int32[Array, "b t"] | None
 
 
 def hide(mask: Bool[Array, "..."]) -> Float32[Array, "..."]:
@@ -60,6 +76,7 @@ def geometry(
     slots: int | None = None,
     relative: Float[Array, "n h"] | None = None,
     source_mask: Bool[Array, "r s"] | None = None,
+    tokens: Int32[Array, "b t"] | None = None,
 ) -> Geometry:
     """Masks, rotations and biases for queries at `positions`.
 
@@ -89,10 +106,14 @@ def geometry(
         if rope.kind == "rope":
             width = attention.width(d_model)
             rotations[rope, width] = rope_tables(positions, width, rope)
-        elif rope.kind == "relative" and rope not in by_head:
-            by_head[rope] = relative_bias(behind, relative, rope, causal=causal)
+        elif rope.kind == "relative":
+            by_head[rope, attention.heads] = relative_bias(behind, relative, rope, causal=causal)
+        elif rope.kind == "alibi":
+            by_head[rope, attention.heads] = alibi_bias(behind, attention.heads)
     source = None if source_mask is None else hide(source_mask)[:, None, None, :]
-    return Geometry(biases, rotations, by_head, source)
+    given = slots is not None or mask is not None or seats.ndim == 2
+    in_order = None if given else InOrder(causal, segment_ids)
+    return Geometry(biases, rotations, by_head, source, tokens, in_order)
 
 
 def attend(
@@ -166,6 +187,39 @@ def _cpu_attend_backward(scale, saved, g):
 _cpu_attend.defvjp(_cpu_attend_forward, _cpu_attend_backward)
 
 
+class ValueTable(nnx.Module):
+    """What a layer knows of each token besides its input: a row of a table, added to the values."""
+
+    def __init__(
+        self,
+        key: Key[Array, ""],
+        rows: int,
+        kv_heads: int,
+        width: int,
+        spec: ValueEmbedding,
+        init: WeightInit,
+    ):
+        self.kv_heads, self.channels = kv_heads, spec.gate_channels
+        self.table = parameter(key, (rows, kv_heads * width), ("vocab", "kv_heads"), init)
+        gate = (self.channels, kv_heads)
+        self.gate = constant_parameter(gate, (None, "kv_heads"), 0.0) if self.channels else None
+        self.mix = None if self.channels else constant_parameter((2,), (None,), 0.5)
+
+    def __call__(
+        self,
+        v: Float[Array, "b t k c"],
+        x: Float[Array, "b t d"],
+        tokens: Int32[Array, "b t"],
+    ) -> Float[Array, "b t k c"]:
+        rows = table_rows(self.table, tokens).astype(v.dtype).reshape(v.shape)
+        if self.gate is None:
+            own, row = self.mix[...].astype(v.dtype)
+            return own * v + row * rows
+        read = x[..., : self.channels].astype(jnp.float32)
+        gate = 2.0 * jax.nn.sigmoid(jnp.einsum("btn,nk->btk", read, self.gate[...]))
+        return v + gate[..., None].astype(v.dtype) * rows
+
+
 class Attention(nnx.Module):
     """Multi-head attention with grouped keys and values, (B, T, D) -> (B, T, D).
 
@@ -183,9 +237,10 @@ class Attention(nnx.Module):
         residual_scale: float,
         compute: ComputeSpec,
         query_init: WeightInit | None = None,
+        vocab_rows: int = 0,
     ):
         self.spec = spec
-        self.cpu = use_cpu_kernels(compute)
+        self.cpu, self.flash = use_cpu_kernels(compute), flash_kernel(compute)
         self.width = spec.width(d_model)
         self.scale = spec.scale or 1.0 / math.sqrt(self.width)
         wide, narrow = spec.heads * self.width, spec.num_kv_heads * self.width
@@ -205,6 +260,17 @@ class Attention(nnx.Module):
             bias=spec.out_bias,
             compute=compute,
         )
+        gate_key, table_key = jax.random.fold_in(key, 4), jax.random.fold_in(key, 5)
+        gates, gate = spec.heads if spec.gate == "head" else wide, qkv | {"bias": False}
+        self.gate = (
+            Linear(gate_key, d_model, gates, axes=("embed", "heads"), **gate) if spec.gate else None
+        )
+        shape = (vocab_rows, spec.num_kv_heads, self.width)
+        self.value_embedding = (
+            ValueTable(table_key, *shape, spec.value_embedding, init)
+            if spec.value_embedding
+            else None
+        )
         by_head = spec.qk_norm is not None and spec.qk_norm.over == "head"
         q_width, k_width = (self.width,) * 2 if by_head else (wide, narrow)
         self.q_norm = Norm(q_width, spec.qk_norm.norm) if spec.qk_norm else None
@@ -220,14 +286,40 @@ class Attention(nnx.Module):
         """The output, and the cache with these tokens in it where one was given."""
         spec, q = self.spec, self.queries(x)
         k, v = self.keys_values(x)
+        if self.value_embedding is not None:
+            v = self.value_embedding(v, x, geometry.tokens)
         if spec.positions.kind == "rope":
             cos, sin = geometry.rotations[spec.positions, self.width]
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
             cache = cache.append(k, v)
             k, v = cache.keys.astype(q.dtype), cache.values.astype(q.dtype)
-        y = self._attend(q, k, v, geometry.bias(spec), key)
-        return self.o(y.reshape(*y.shape[:2], -1)), cache
+        order = None if spec.positions.kind in ("alibi", "relative") else geometry.in_order
+        if order is not None and self._takes_flash(q, order.causal, key):
+            y = flash_attend(
+                *(q, k, v, order.segment_ids),
+                kernel=self.flash,
+                causal=order.causal,
+                window=spec.window,
+                scale=self.scale,
+                softcap=spec.softcap,
+            )
+        else:
+            y = self._attend(q, k, v, geometry.bias(spec), key)
+        return self._out(y, x), cache
+
+    def _takes_flash(self, q, causal, key) -> bool:
+        spec = self.spec
+        if self.flash is None or (key is not None and spec.dropout > 0):
+            return False
+        return fits(self.flash, q, causal=causal, window=spec.window, softcap=spec.softcap)
+
+    def _out(self, y: Float[Array, "b t h c"], x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+        """The heads' outputs, gated by the input where there is a gate, and projected."""
+        if self.gate is not None:
+            gate = activate(self.gate(x), "sigmoid", cpu=self.cpu)
+            y = y * gate.reshape(*y.shape[:3], -1)
+        return self.o(y.reshape(*y.shape[:2], -1))
 
     def read(
         self,
@@ -244,7 +336,7 @@ class Attention(nnx.Module):
         # Rows of one source are so many more queries: nothing is repeated.
         folded = q.reshape(k.shape[0], -1, *q.shape[2:])
         y = self._attend(folded, k, v, bias, key)
-        return self.o(y.reshape(*x.shape[:2], -1))
+        return self._out(y.reshape(*x.shape[:2], -1, self.width), x)
 
     def queries(self, x: Float[Array, "b t d"]) -> Float[Array, "b t h c"]:
         return self._heads(self.q(x), "heads", self.q_norm)

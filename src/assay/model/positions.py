@@ -87,6 +87,22 @@ def rotate(
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
+def alibi_slopes(heads: int) -> tuple[float, ...]:
+    """The published slopes, for any number of heads (arXiv:2108.12409, and its code)."""
+    below = 2 ** math.floor(math.log2(heads))
+    slopes = [2.0 ** (-8 * i / below) for i in range(1, below + 1)]
+    between = [2.0 ** (-4 * i / below) for i in range(1, 2 * below + 1, 2)]
+    return (*slopes, *between[: heads - below])
+
+
+def alibi_bias(behind: Int[Array, "*b t s"], heads: int) -> Float32[Array, "#b h t s"]:
+    """-slope x distance for each head: (T, S) gives (1, H, T, S), (B, T, S) gives (B, H, T, S)."""
+    slopes = jnp.asarray(alibi_slopes(heads), jnp.float32)[None, :, None, None]
+    distance = jnp.abs(behind).astype(jnp.float32)
+    distance = distance[None, None] if distance.ndim == 2 else distance[:, None]
+    return -slopes * distance
+
+
 def distance_buckets(spec: RelativeBias, *, causal: bool) -> Int32[np.ndarray, "n"]:
     """The bucket of each distance from 0 to `max_distance`, which stands for all beyond.
 

@@ -18,6 +18,7 @@ from assay.errors import AssayError, did_you_mean
 from assay.model.attention import Attention, Geometry, geometry
 from assay.model.cache import Cache, LayerCache, SourceCache
 from assay.model.layers import (
+    Linear,
     Mlp,
     Norm,
     along_last,
@@ -60,9 +61,7 @@ class Embedding(nnx.Module):
         positions: Int32[Array, "*b t"],
         key: Key[Array, ""] | None,
     ) -> Float32[Array, "b t d"]:
-        x = table_rows(self.table, tokens)
-        if self.spec.scale_by_sqrt_width:
-            x = x * math.sqrt(x.shape[-1])
+        x = self.rows(tokens)
         if self.spec.positions.kind == "learned":
             added = table_rows(self.positions, positions)
             x = x + (added if added.ndim == 3 else added[None])
@@ -72,6 +71,11 @@ class Embedding(nnx.Module):
         if self.norm is not None:
             x = self.norm(x)
         return dropout(x, self.spec.dropout, key)
+
+    def rows(self, tokens: Int32[Array, "b t"]) -> Float32[Array, "b t d"]:
+        """The tokens' vectors alone: no positions."""
+        x = table_rows(self.table, tokens)
+        return x * math.sqrt(x.shape[-1]) if self.spec.scale_by_sqrt_width else x
 
 
 class Block(nnx.Module):
@@ -85,6 +89,7 @@ class Block(nnx.Module):
         init: InitSpec,
         num_layers: int,
         compute: ComputeSpec,
+        vocab_rows: int,
     ):
         attention_key, feed_forward_key = jax.random.split(key)
         how = {
@@ -95,7 +100,7 @@ class Block(nnx.Module):
         }
         attends, feeds = spec.attention is not None, spec.feed_forward is not None
         crosses = spec.cross is not None
-        attention = how | {"query_init": init.query_init()}
+        attention = how | {"query_init": init.query_init(), "vocab_rows": vocab_rows}
         before, after = (
             spec.norm_position in ("pre", "both"),
             spec.norm_position in ("post", "both"),
@@ -196,14 +201,53 @@ class Head(nnx.Module):
         return logits
 
 
+class Ahead(nnx.Module):
+    """One module of multi-token prediction (arXiv:2412.19437, equations 21 to 23)."""
+
+    def __init__(
+        self, key: Key[Array, ""], spec: TransformerSpec, block: BlockSpec, compute: ComputeSpec
+    ):
+        join_key, block_key = jax.random.split(key)
+        d, norm = spec.d_model, spec.decoder.final_norm or block.norm
+        self.hidden_norm, self.token_norm = Norm(d, norm), Norm(d, norm)
+        axes, init = ("mlp", "embed"), spec.init.weights
+        self.join = Linear(join_key, 2 * d, d, axes=axes, init=init, bias=False, compute=compute)
+        layers = spec.decoder.num_layers
+        self.block = Block(block_key, d, block, spec.init, layers, compute, spec.padded_vocab)
+        self.final_norm = Norm(d, norm)
+
+    def __call__(
+        self,
+        x: Float[Array, "b t d"],
+        later: Float[Array, "b t d"],
+        geometry: Geometry,
+        key: Key[Array, ""] | None,
+        **experts: Array | bool | None,
+    ) -> tuple[Float[Array, "b t d"], Routing | None]:
+        """From what is made of each place, and the vector of a `later` token, to the next."""
+        x = jnp.concatenate([self.hidden_norm(x), self.token_norm(later)], axis=-1)
+        x, _, routing = self.block(self.join(x), geometry, None, key, **experts)
+        return self.final_norm(x), routing
+
+
+def shifted(x: Array, by: int) -> Array:
+    """What stands `by` places on in each row, (B, T) -> (B, T); 0 beyond the end."""
+    return jnp.pad(x[:, by:], ((0, 0), (0, min(by, x.shape[1]))))
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Output:
-    """All that a forward gives: `routing` has a record for each layer of experts, in order."""
+    """All that a forward gives: `routing` has a record for each layer of experts, in order.
+
+    `ahead` has logits of the token k + 1 places on for each module k of multi-token prediction;
+    the last k places of a row mean nothing there.
+    """
 
     logits: Float32[Array, "b t v"]
     cache: Cache | None
     routing: tuple[Routing, ...]
+    ahead: tuple[Float32[Array, "b t v"], ...] = ()
 
 
 @jax.tree_util.register_dataclass
@@ -223,7 +267,7 @@ class Stack(nnx.Module):
     ):
         self.stack, self.compute = stack, compute
         layers = [
-            Block(k, spec.d_model, block, spec.init, stack.num_layers, compute)
+            Block(k, spec.d_model, block, spec.init, stack.num_layers, compute, spec.padded_vocab)
             for k, block in zip(
                 jax.random.split(key, max(stack.num_layers, 1)), stack.blocks(), strict=False
             )
@@ -335,6 +379,10 @@ class Transformer(Stack):
         own = spec.source_embedding
         self.source_embedding = Embedding(source_key, spec, own) if own else None
         self.encoder = Stack(encoder_key, spec, spec.encoder, compute) if spec.encoder else None
+        self.ahead = nnx.List(
+            Ahead(jax.random.fold_in(key, 4 + i), spec, block, compute)
+            for i, block in enumerate(spec.ahead())
+        )
         self.head = Head(head_key, spec, compute) if spec.head else None
 
     def __call__(
@@ -375,15 +423,19 @@ class Transformer(Stack):
         return logits if cache is None else (logits, cache)
 
     def forward(self, tokens: Int32[Array, "b t"], **options) -> Output:
-        """As a call with the same `options`; gives also what the routers did."""
-        x, cache, routing = self._run(tokens, **options)
-        return Output(self.logits(x), cache, routing)
+        """As a call with the same `options`; gives also what the routers did.
+
+        `ahead` (None: as `train`) has the modules of multi-token prediction run, where there are.
+        """
+        options["ahead"] = options.pop("ahead", options.get("train", False))
+        x, cache, routing, ahead = self._run(tokens, **options)
+        return Output(self.logits(x), cache, routing, tuple(map(self.logits, ahead)))
 
     def hidden(
         self, tokens: Int32[Array, "b t"], **options
     ) -> tuple[Float[Array, "b t d"], Cache | None]:
         """The last layer's output, normed: what the head reads. `options` as in a call."""
-        x, cache, _ = self._run(tokens, **options)
+        x, cache, _, _ = self._run(tokens, **options)
         return x, cache
 
     def encode(
@@ -404,7 +456,7 @@ class Transformer(Stack):
         embedding = self.embedding if self.source_embedding is None else self.source_embedding
         positions = jnp.arange(source.shape[1], dtype=jnp.int32)
         x, key = self._embedded(embedding, source, positions, key)
-        shared = self.encoder.geometry(positions, self.spec.d_model, mask=mask)
+        shared = self.encoder.geometry(positions, self.spec.d_model, mask=mask, tokens=source)
         x, _, routing = self.encoder.run(x, shared, None, key, real=mask, train=train)
         if mask is None:
             mask = jnp.ones(source.shape, bool)
@@ -437,7 +489,8 @@ class Transformer(Stack):
         cache: Cache | None = None,
         key: Key[Array, ""] | None = None,
         train: bool = False,
-    ) -> tuple[Float[Array, "b t d"], Cache | None, tuple[Routing, ...]]:
+        ahead: bool = False,
+    ) -> tuple[Float[Array, "b t d"], Cache | None, tuple[Routing, ...], tuple[Array, ...]]:
         self._check_source(source, source_mask, cache)
         if mask is not None and cache is not None:
             raise AssayError("mask: a cache has lengths instead; give one of the two.")
@@ -460,15 +513,39 @@ class Transformer(Stack):
             mask=mask,
             slots=cache.capacity if cache is not None else None,
             source_mask=None if held is None else held.mask,
+            tokens=tokens,
         )
         real = mask
         if train and segment_ids is not None:
             real = segment_ids != 0
         hidden = None if source is None else source.hidden
-        x, layers, routing = self.run(x, shared, cache, stack_key, hidden, real=real, train=train)
+        experts = {"real": real, "train": train}
+        x, layers, routing = self.run(x, shared, cache, stack_key, hidden, **experts)
         if cache is not None:
             cache = replace(cache, layers=layers, lengths=cache.lengths + tokens.shape[1])
-        return x, cache, read + routing
+        further, records = (), ()
+        if ahead and self.ahead:
+            further, records = self._run_ahead(x, tokens, shared, stack_key, experts)
+        return x, cache, read + routing + records, further
+
+    def _run_ahead(self, x, tokens, shared, key, experts):
+        """What each module of multi-token prediction makes, and what its router did."""
+        made, records = [], []
+        for k, module in enumerate(self.ahead, start=1):
+            tokens = shifted(tokens, 1)
+            later = self.embedding.rows(tokens).astype(x.dtype)
+            layer_key = None if key is None else jax.random.fold_in(key, self.stack.num_layers + k)
+
+            of_these = replace(shared, tokens=tokens)
+
+            def run(module, x, later, geometry=of_these, key=layer_key):
+                return module(x, later, geometry, key, **experts)
+
+            run = jax.checkpoint(run) if self.compute.remat == "block" else run
+            x, routing = run(module, x, later)
+            made.append(x)
+            records.append(routing)
+        return tuple(made), tuple(record for record in records if record is not None)
 
     def _check_source(self, source, source_mask, cache) -> None:
         if self.encoder is None and source is not None:

@@ -9,7 +9,8 @@ What is counted:
 - **With an encoder** a token is one of the target's, and carries its share of the source: a
   source of S tokens is read once for T target tokens, so each counts S / T of the encoder and of
   the keys and values that cross-attention makes of its output. Cross-attention is attention.
-- **Training** is three times forward: each product has two in its backward pass.
+- **Training** is three times forward: each product has two in its backward pass. Multi-token
+  prediction (`ahead`) belongs to training alone: no FLOPs forward, no active parameters.
 - **Active** parameters are those that one token meets; they differ from the total only where a
   token is routed.
 
@@ -37,7 +38,7 @@ from assay.spec.model import (
 )
 from assay.spec.run import RunSpec
 
-PARTS = ("embedding", "positions", "attention", "feed_forward", "norms", "head")
+PARTS = ("embedding", "positions", "attention", "feed_forward", "norms", "head", "ahead")
 """The rows of the tables, in the order of the forward pass."""
 
 TRAINING_OVER_FORWARD = 3
@@ -75,9 +76,13 @@ class Parameters:
 
 @dataclass(frozen=True)
 class Flops:
-    """FLOPs a token of the forward pass by part, in all, and of a training step."""
+    """FLOPs a token of the forward pass by part, in all, and of a training step.
+
+    `ahead` are those of multi-token prediction, which training alone computes.
+    """
 
     parts: dict[str, int]
+    ahead: int = 0
 
     @property
     def forward(self) -> int:
@@ -85,7 +90,7 @@ class Flops:
 
     @property
     def train(self) -> int:
-        return TRAINING_OVER_FORWARD * self.forward
+        return TRAINING_OVER_FORWARD * (self.forward + self.ahead)
 
 
 def parameters(spec: TransformerSpec) -> Parameters:
@@ -111,7 +116,10 @@ def flops_per_token(
     parts = dict.fromkeys(PARTS, 0)
     for part, flops in _flop_counts(spec, seq_len, source_len or seq_len, scores):
         parts[part] += flops
-    return Flops({part: round(flops) for part, flops in parts.items()})
+    return Flops(
+        {part: round(flops) for part, flops in parts.items() if part != "ahead"},
+        round(parts["ahead"]),
+    )
 
 
 def run_flops_per_token(run: RunSpec) -> Flops:
@@ -164,6 +172,8 @@ def part_of(name: str) -> str:
     `layers.0.attention.q.w` is attention's, `layers.0.attention.q_norm.scale` the norms'.
     """
     path = name.split(".")
+    if path[0] == "ahead":
+        return "ahead"
     if any(step.endswith("norm") for step in path):
         return "norms"
     if path[-1] == "positions" or "relative_bias" in path:
@@ -192,37 +202,47 @@ def _parameter_counts(spec: TransformerSpec) -> Iterator[tuple[str, Count]]:
             yield "norms", _norm(embedding.norm, d)
     for stack in (spec.encoder, spec.decoder):
         if stack is not None:
-            yield from _stack_parameters(stack, d)
+            yield from _stack_parameters(stack, d, rows)
+    for block in spec.ahead():  # no token meets them but in training
+        inner = [count for _, count in _block_parameters(block, d, rows)]
+        inner += 3 * [_norm(spec.decoder.final_norm or block.norm, d)]
+        yield "ahead", Count(2 * d * d + sum(count.total for count in inner), 0)
     if head is not None:
         yield "head", _everywhere((0 if head.tied else d * rows) + (rows if head.bias else 0))
 
 
-def _stack_parameters(stack: StackSpec, d: int) -> Iterator[tuple[str, Count]]:
+def _stack_parameters(stack: StackSpec, d: int, rows: int) -> Iterator[tuple[str, Count]]:
     if relative := stack.relative():
         positions, heads = relative
         yield "positions", _everywhere(positions.buckets * heads)
     for block in stack.blocks():
-        yield from _block_parameters(block, d)
+        yield from _block_parameters(block, d, rows)
     yield "norms", _norm(stack.final_norm, d)
 
 
-def _block_parameters(block: BlockSpec, d: int) -> Iterator[tuple[str, Count]]:
+def _block_parameters(block: BlockSpec, d: int, rows: int) -> Iterator[tuple[str, Count]]:
     norms_a_part = 2 if block.norm_position == "both" else 1
     attentions = block.attentions().values()
     for _ in range(norms_a_part * (len(attentions) + (block.feed_forward is not None))):
         yield "norms", _norm(block.norm, d)
     for attention in attentions:
-        yield from _attention_parameters(attention, d)
+        yield from _attention_parameters(attention, d, rows)
     if block.feed_forward is not None:
         yield "feed_forward", _feed_forward_parameters(block.feed_forward, d)
 
 
-def _attention_parameters(attention: AttentionSpec, d: int) -> Iterator[tuple[str, Count]]:
+def _attention_parameters(
+    attention: AttentionSpec, d: int, rows: int
+) -> Iterator[tuple[str, Count]]:
     c = attention.width(d)
     wide, narrow = attention.heads * c, attention.num_kv_heads * c
     weights = sum(fan_in * fan_out for fan_in, fan_out in _attention_matrices(attention, d))
     biases = (wide + 2 * narrow) * attention.qkv_bias + d * attention.out_bias
-    yield "attention", _everywhere(weights + biases)
+    gates = sum(fan_in * fan_out for fan_in, fan_out in _attention_gates(attention, d))
+    yield "attention", _everywhere(weights + biases + gates)
+    if attention.value_embedding is not None:
+        numbers = 0 if attention.value_embedding.gate_channels else 2
+        yield "attention", _everywhere(rows * narrow + numbers)
     if attention.qk_norm is not None:
         by_head = attention.qk_norm.over == "head"
         for width in (c, c) if by_head else (wide, narrow):
@@ -234,6 +254,17 @@ def _attention_matrices(attention: AttentionSpec, d: int) -> list[tuple[int, int
     c = attention.width(d)
     wide, narrow = attention.heads * c, attention.num_kv_heads * c
     return [(d, wide), (d, narrow), (d, narrow), (wide, d)]
+
+
+def _attention_gates(attention: AttentionSpec, d: int) -> list[tuple[int, int]]:
+    """(fan_in, fan_out) of the gates on the output and on the values' table."""
+    gates = []
+    if attention.gate is not None:
+        features = attention.width(d) if attention.gate == "feature" else 1
+        gates.append((d, attention.heads * features))
+    if attention.value_embedding is not None and attention.value_embedding.gate_channels:
+        gates.append((attention.value_embedding.gate_channels, attention.num_kv_heads))
+    return gates
 
 
 def _feed_forward_parameters(feed_forward: MlpSpec | MoeSpec, d: int) -> Count:
@@ -295,24 +326,35 @@ def _flop_counts(
     yield from _stack_flops(spec.decoder, d, seq_len, source_len, scores)
     if spec.head is not None:
         yield "head", _product(d, spec.padded_vocab)
+    for block in spec.ahead():
+        yield "ahead", _product(2 * d, d) + _product(d, spec.padded_vocab)
+        for _, flops in _block_flops(block, spec.decoder.causal, d, seq_len, source_len, scores):
+            yield "ahead", flops
 
 
 def _stack_flops(
     stack: StackSpec, d: int, seq_len: int, source_len: int, scores: Scores
 ) -> Iterator[tuple[str, float]]:
     for block in stack.blocks():
-        for name, attention in block.attentions().items():
-            crosses = name == "cross"
-            keys = source_len if crosses else seq_len
-            if scores == "needed" and not crosses:
-                keys = mean_keys(seq_len, window=attention.window, causal=stack.causal)
-            wide = attention.heads * attention.width(d)
-            yield "attention", round(2 * _product(keys, wide))  # q k^T, and weights v
-            q, k, v, o = (_product(*matrix) for matrix in _attention_matrices(attention, d))
-            share = source_len / seq_len if crosses else 1  # keys and values are the source's
-            yield "attention", q + o + (k + v) * share
-        if block.feed_forward is not None:
-            yield "feed_forward", _feed_forward_flops(block.feed_forward, d, seq_len)
+        yield from _block_flops(block, stack.causal, d, seq_len, source_len, scores)
+
+
+def _block_flops(
+    block: BlockSpec, causal: bool, d: int, seq_len: int, source_len: int, scores: Scores
+) -> Iterator[tuple[str, float]]:
+    for name, attention in block.attentions().items():
+        crosses = name == "cross"
+        keys = source_len if crosses else seq_len
+        if scores == "needed" and not crosses:
+            keys = mean_keys(seq_len, window=attention.window, causal=causal)
+        wide = attention.heads * attention.width(d)
+        yield "attention", round(2 * _product(keys, wide))  # q k^T, and weights v
+        q, k, v, o = (_product(*matrix) for matrix in _attention_matrices(attention, d))
+        share = source_len / seq_len if crosses else 1  # keys and values are the source's
+        gates = sum(_product(*gate) for gate in _attention_gates(attention, d))
+        yield "attention", q + o + (k + v) * share + gates
+    if block.feed_forward is not None:
+        yield "feed_forward", _feed_forward_flops(block.feed_forward, d, seq_len)
 
 
 def _feed_forward_flops(feed_forward: MlpSpec | MoeSpec, d: int, seq_len: int) -> int:

@@ -118,10 +118,23 @@ class RelativeBias(Spec):
         return self
 
 
+class Alibi(Spec):
+    """Scores fall with distance, by another slope in each head (Press et al., arXiv:2108.12409).
+
+    -slope x distance is added after scaling. Of n heads the slopes are 2^(-8/n), 2^(-16/n), ...
+    where n is a power of two; otherwise those of the power below, and then every other one of the
+    power above. Nothing is trained.
+    """
+
+    kind: Literal["alibi"] = "alibi"
+
+
 EmbeddingPositions = Annotated[
     NoPositions | LearnedPositions | SinusoidalPositions, Field(discriminator="kind")
 ]
-AttentionPositions = Annotated[NoPositions | Rope | RelativeBias, Field(discriminator="kind")]
+AttentionPositions = Annotated[
+    NoPositions | Rope | RelativeBias | Alibi, Field(discriminator="kind")
+]
 
 
 # ---------------------------------------------------------------------------- norms
@@ -228,12 +241,25 @@ class QkNorm(Spec):
     over: Literal["head", "projection"] = "head"
 
 
+class ValueEmbedding(Spec):
+    """A table of the layer's own, whose row of a token is added to that token's values.
+
+    With `gate_channels`, each kv head takes the row 2 sigmoid(x W) times, W from 0 and reading the
+    first channels of the attention's input (nanochat). None: values and row are weighed by two
+    trained numbers, from 1/2 each (modded-nanogpt, after arXiv:2410.17897).
+    """
+
+    gate_channels: PositiveInt | None = 32
+
+
 class AttentionSpec(Spec):
     """Scaled dot-product attention; `kv_heads` = heads, 1, or between: MHA, MQA, GQA.
 
     `head_dim` None is d_model / heads. `scale` None is 1 / sqrt(head_dim). `window` W lets a
     query see itself and the W - 1 tokens before it. `softcap` c bounds scores to c tanh(s / c)
-    (Gemma 2, arXiv:2408.00118). `dropout` falls on the attention weights.
+    (Gemma 2, arXiv:2408.00118). `gate` multiplies what is attended to by sigmoid(x W), x being the
+    attention's input, before the output projection: one number a head, or one for every feature
+    (arXiv:2505.06708). `dropout` falls on the attention weights.
     """
 
     heads: PositiveInt
@@ -246,6 +272,8 @@ class AttentionSpec(Spec):
     scale: PositiveFloat | None = None
     softcap: PositiveFloat | None = None
     window: PositiveInt | None = None
+    gate: Literal["head", "feature"] | None = None
+    value_embedding: ValueEmbedding | None = None
     dropout: Probability = 0.0
 
     @property
@@ -457,6 +485,8 @@ class BlockSpec(Spec):
         if self.attention is None and self.feed_forward is None:
             raise ValueError("a block needs attention, feed_forward, or both; found neither.")
         cross = self.cross
+        if cross is not None and cross.value_embedding is not None:
+            raise ValueError("cross.value_embedding: its table is of tokens that it does not read.")
         if cross is not None and cross.positions.kind != "none":
             raise ValueError(
                 f"cross.positions: found {cross.positions.kind}; places of the source and of the "
@@ -472,6 +502,32 @@ class BlockSpec(Spec):
         """The attentions that are there, by their field."""
         parts = {"attention": self.attention, "cross": self.cross}
         return {name: part for name, part in parts.items() if part is not None}
+
+
+def spec_exceptions(model: "TransformerSpec") -> list[str]:
+    """Options of an architecture that let training see the future, a sentence each.
+
+    They are legal because they are named. A comparison shows them beside the model's row, and
+    `assay check` prints them and holds all else to be causal.
+    """
+    return [
+        f"{path}='weight' lets a later token push out an earlier one in training."
+        for path in weight_priorities(model)
+    ]
+
+
+def weight_priorities(model: "TransformerSpec") -> list[str]:
+    """The paths of capacity limits that give places by weight."""
+    return [
+        f"{name}.pattern.{i}.feed_forward.capacity.priority"
+        for name, stack in (("decoder", model.decoder), ("encoder", model.encoder))
+        if stack is not None and stack.causal
+        for i, block in enumerate(stack.pattern)
+        if block.feed_forward is not None
+        and block.feed_forward.kind == "moe"
+        and block.feed_forward.capacity is not None
+        and block.feed_forward.capacity.priority == "weight"
+    ]
 
 
 def _sees_future(feed_forward: MlpSpec | MoeSpec | None) -> str | None:
@@ -558,6 +614,20 @@ class HeadSpec(Spec):
     softcap: PositiveFloat | None = None
 
 
+class MultiToken(Spec):
+    """Prediction of further tokens, in training (DeepSeek-V3, arXiv:2412.19437, section 2.2).
+
+    Of `depth` modules the k-th reads, at each place, what the one before it made (the first: the
+    stack's output) beside the embedding of the token k places on; both are normed and projected
+    to d_model, and pass a block like the stack's last one. The shared head makes of it logits of
+    the token k + 1 places on. The objective adds `loss` times the modules' mean cross-entropy.
+    Evaluation and decoding leave the modules out.
+    """
+
+    depth: PositiveInt = 1
+    loss: PositiveFloat = 0.3
+
+
 class TransformerSpec(Spec):
     """A whole architecture.
 
@@ -581,6 +651,7 @@ class TransformerSpec(Spec):
     head: HeadSpec | None = HeadSpec()
     init: InitSpec = InitSpec()
     vocab_multiple: PositiveInt = 1
+    multi_token: MultiToken | None = None
 
     @property
     def padded_vocab(self) -> int:
@@ -594,10 +665,20 @@ class TransformerSpec(Spec):
         return self.replace(vocab_size=vocab_size)
 
     def layers(self) -> Iterator[tuple[str, BlockSpec]]:
-        """Every layer, the encoder's first, by its name in a checkpoint: `encoder.layers.0`."""
+        """Every layer by its name in a checkpoint (`encoder.layers.0`), in the order of a forward.
+
+        Those of multi-token prediction come last.
+        """
         for prefix, stack in (("encoder.", self.encoder), ("", self.decoder)):
             for i, block in enumerate(stack.blocks() if stack else ()):
                 yield f"{prefix}layers.{i}", block
+        for i, block in enumerate(self.ahead()):
+            yield f"ahead.{i}.block", block
+
+    def ahead(self) -> tuple[BlockSpec, ...]:
+        """The blocks of multi-token prediction: as the decoder's last one."""
+        depth = self.multi_token.depth if self.multi_token else 0
+        return self.decoder.blocks()[-1:] * depth
 
     def patterns(self) -> Iterator[tuple[str, BlockSpec]]:
         """Every block of the stacks' patterns, by its path: `decoder.pattern.0`."""
@@ -630,7 +711,21 @@ class TransformerSpec(Spec):
                     f"{where}.head_dim: found {attention.width(self.d_model)}; "
                     f"rotary positions need it even."
                 )
+            channels = attention.value_embedding and attention.value_embedding.gate_channels
+            if channels and channels > self.d_model:
+                raise ValueError(
+                    f"{where}.value_embedding.gate_channels: found {channels}, but there are "
+                    f"{self.d_model} (d_model)."
+                )
+        if self.multi_token is not None:
+            self._check_multi_token()
         return self
+
+    def _check_multi_token(self) -> None:
+        if not self.decoder.num_layers or self.head is None:
+            raise ValueError("multi_token: it needs a block to be like, and a head to share.")
+        if not self.decoder.causal or self.encoder is not None:
+            raise ValueError("multi_token: only a causal decoder without an encoder has it.")
 
     def _attentions(self) -> Iterator[tuple[str, AttentionSpec]]:
         """(path, attention) of every attention in the patterns."""

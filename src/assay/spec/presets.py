@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from assay.errors import AssayError, did_you_mean
 from assay.spec.model import (
+    Alibi,
     AttentionSpec,
     BlockSpec,
     CapacitySpec,
@@ -31,6 +32,7 @@ from assay.spec.model import (
     StackSpec,
     TopK,
     TransformerSpec,
+    ValueEmbedding,
     XavierInit,
     ZeroInit,
 )
@@ -120,6 +122,7 @@ def shrink(model: TransformerSpec) -> TransformerSpec:
       where given, and the hidden widths keep their ratio to it;
     - experts: at most 8, or twice as many as a token chooses, which is kept; at most 4 slots of a
       soft mixture; capacity, losses and shared experts are kept;
+    - channels that a gate of values reads: at most d_model; modules of multi-token prediction: all;
     - context: 64; windows keep their ratio to it, but are at least 4; relative positions have at
       most 8 buckets over a distance of 16, so that all of them are met;
     - vocabulary: 64 (61 padded to 64 where the tables are padded); without a head, d_model.
@@ -158,6 +161,9 @@ def shrink(model: TransformerSpec) -> TransformerSpec:
             return new
         heads, kv_heads = small_heads(old)
         new = new.replace(heads=heads, kv_heads=old.kv_heads and kv_heads)
+        if old.value_embedding is not None and old.value_embedding.gate_channels:
+            channels = min(old.value_embedding.gate_channels, width)
+            new = new.replace(value_embedding=ValueEmbedding(gate_channels=channels))
         if old.head_dim is not None:
             exact = old.head_dim * old.heads / model.d_model * width / heads
             new = new.replace(head_dim=2 * max(1, round(exact / 2)))
@@ -272,6 +278,38 @@ register("glu-rope-gpt", "jaxpt", JAXPT, glu_rope_gpt)
 register("gqa-gpt", "jaxpt", JAXPT, gqa_gpt)
 register("gqa-glu-rope-gpt", "jaxpt", JAXPT, gqa_glu_rope_gpt)
 
+alibi_gpt = vary(gpt, embedding=no_positions, block={"attention": {"positions": Alibi()}})
+register("alibi-gpt", "gpt2", "GPT-2 with ALiBi (arXiv:2108.12409)", alibi_gpt)
+register(
+    "bloom-560m",
+    "bloom",
+    "BLOOM (arXiv:2211.05100)",
+    vary(
+        gpt2_sized(24, 1024, 16),
+        vocab_size=250880,
+        context=2048,
+        embedding=EmbeddingSpec(norm=LayerNorm()),
+        block={"attention": {"positions": Alibi()}},
+    ),
+)
+
+# JaxPT's characters: 65, as of Shakespeare. Its mesh is --mesh data=2,tensor=4, its kernel
+# compute.kernels=flash, which a TPU gets by itself.
+charformer = vary(
+    gpt2_sized(30, 960, 15), vocab_size=65, block={"feed_forward": {"activation": "relu"}}
+)
+register(
+    "charformer",
+    "jaxpt",
+    f"{JAXPT}, with a causal mask and 1/sqrt(d)",
+    charformer,
+    RunSpec(
+        model=charformer,
+        data=DataSpec(tokenizer=CharTokenizerSpec(), seq_len=1024, batch_size=8),
+        compute=ComputeSpec(dtype="bfloat16"),
+    ),
+)
+
 # ---------------------------------------------------------------------------- Llama and its line
 
 llama_3_8b = TransformerSpec(
@@ -334,6 +372,33 @@ qwen3_06b = vary(
     },
 )
 register("qwen3-0.6b", "qwen3", "Qwen3 (arXiv:2505.09388)", qwen3_06b)
+
+# Every other layer sees a window of half the context; norms on both sides of each part.
+gemma_norm = RmsNorm(epsilon=1e-6)
+gemma_global = BlockSpec(
+    norm=gemma_norm,
+    norm_position="both",
+    attention=AttentionSpec(
+        heads=8, kv_heads=4, head_dim=256, scale=256**-0.5, softcap=50.0, positions=rope
+    ),
+    feed_forward=MlpSpec(hidden=9216, activation="gelu_tanh", gated=True),
+)
+gemma_local = gemma_global.replace(attention=gemma_global.attention.replace(window=4096))
+register(
+    "gemma-2-2b",
+    "gemma",
+    "Gemma 2 (arXiv:2408.00118)",
+    TransformerSpec(
+        vocab_size=256000,
+        d_model=2304,
+        context=8192,
+        embedding=EmbeddingSpec(scale_by_sqrt_width=True),
+        decoder=StackSpec(
+            num_layers=26, pattern=(gemma_local, gemma_global), final_norm=gemma_norm
+        ),
+        head=HeadSpec(softcap=30.0),
+    ),
+)
 
 # ---------------------------------------------------------------------------- experts
 
@@ -680,6 +745,18 @@ tiny_gpt = nanogpt_sized(4, 128, 4, 64)
 register("tiny-gpt", "small", f"{NANOGPT}, CPU recipe", tiny_gpt, nanogpt_run(tiny_gpt, 12, 2000))
 baby_gpt = nanogpt_sized(6, 384, 6, 256)
 register("baby-gpt", "small", f"{NANOGPT}, GPU recipe", baby_gpt, nanogpt_run(baby_gpt, 64, 5000))
+
+# The same with 8 experts, of which a token meets as much as it did of the MLP.
+baby_moe = with_experts(
+    baby_gpt,
+    MoeSpec(
+        experts=8,
+        expert=MlpSpec(hidden=768, activation="gelu"),
+        router=TopK(k=2),
+        balance_loss=1e-2,
+    ),
+)
+register("baby-moe", "small", "baby-gpt with 8 experts", baby_moe, nanogpt_run(baby_moe, 64, 5000))
 
 # makeMoE and AttentionNet read Shakespeare by the character: 65 of them.
 make_moe_norm = LayerNorm()

@@ -246,7 +246,7 @@ class ComputeSpec(Spec):
     dtype: Literal["float32", "bfloat16"] = "float32"
     scan_layers: bool = False
     remat: Literal["none", "block"] = "none"
-    kernels: Literal["auto", "plain", "cpu"] = "auto"
+    kernels: Literal["auto", "plain", "cpu", "flash"] = "auto"
     moe_dispatch: Literal["auto", "dense", "ragged", "blocks", "capacity"] = "auto"
 
 

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float32, Key
 
 from assay.model.loss import token_losses
 from assay.model.moe import Routing
-from assay.model.transformer import Transformer
+from assay.model.transformer import Transformer, shifted
 from assay.spec.model import TransformerSpec
 from assay.spec.run import TrainSpec
 
@@ -26,8 +26,8 @@ def summed_objective(
     int32 (B, S), and `source_mask` bool (B, S), False at padding. The objective adds
     label smoothing (Szegedy et al., arXiv:1512.00567) and the z-loss (PaLM, arXiv:2204.02311);
     and of each layer of experts its balance loss and its router's z-loss, which are means, so
-    that they count as much for each token. Logged are `loss`, the cross-entropy, and
-    `routing_metrics`.
+    that they count as much for each token; and `ahead_loss`, where there is multi-token
+    prediction. Logged are `loss`, the cross-entropy, that, and `routing_metrics`.
     """
     output = model.forward(
         batch["tokens"],
@@ -50,11 +50,34 @@ def summed_objective(
     if weights is not None:
         losses, objective = losses * weights, objective * weights
     objective, logged = jnp.sum(objective), {"loss": jnp.sum(losses)}
+    if output.ahead:
+        logged["ahead_loss"] = ahead_loss(output.ahead, batch)
+        objective = objective + model.spec.multi_token.loss * logged["ahead_loss"]
     if routing:
         tokens = count_tokens(batch)
         objective = objective + tokens * auxiliary_loss(model.spec, routing)
         logged |= jax.tree.map(lambda x: tokens * x, routing_metrics(routing))
     return objective, logged
+
+
+def ahead_loss(
+    ahead: tuple[Float32[Array, "b t v"], ...], batch: dict[str, Array]
+) -> Float32[Array, ""]:
+    """The modules' cross-entropies of tokens further on, each summed, and their mean.
+
+    Module k answers, at each place, with the token k + 1 places on. Nothing is asked beyond the
+    row's end, nor of another segment (arXiv:2412.19437, equations 24 and 25).
+    """
+    targets, segments = batch["targets"], batch.get("segment_ids")
+    weights = batch.get("weights")
+    weights = jnp.ones(targets.shape, jnp.float32) if weights is None else weights
+    total = jnp.float32(0)
+    for k, logits in enumerate(ahead, start=1):
+        counted = shifted(weights, k)
+        if segments is not None:
+            counted = counted * (shifted(segments, k) == segments)
+        total = total + jnp.sum(counted * token_losses(logits, shifted(targets, k)))
+    return total / len(ahead)
 
 
 def auxiliary_loss(spec: TransformerSpec, routing: tuple[Routing, ...]) -> Float32[Array, ""]:
