@@ -26,6 +26,7 @@ from assay.spec.model import (
     StackSpec,
     TopK,
     TransformerSpec,
+    spec_exceptions,
 )
 from assay.spec.run import ComputeSpec
 
@@ -316,6 +317,17 @@ def test_only_weight_priority_sees_the_future(priority):
         after = np.asarray(run(made, other, None, True)[1].kept)
         changed += (before[:, :16] != after[:, :16]).any()
     assert changed == (8 if priority == "weight" else 0)
+
+
+def test_what_sees_the_future_is_named():
+    """For a comparison to show beside the row; of all presets only tiny-moe has such an option."""
+    named = {name: spec_exceptions(preset.model) for name, preset in presets.PRESETS.items()}
+    assert {name: found for name, found in named.items() if found} == {
+        "tiny-moe": [
+            "decoder.pattern.0.feed_forward.capacity.priority='weight' lets a later token push "
+            "out an earlier one in training."
+        ]
+    }
 
 
 def test_padding_takes_no_place_and_counts_nowhere():

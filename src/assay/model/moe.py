@@ -16,6 +16,7 @@ Axes: B batch, T tokens, N = B T, D model, F hidden, E experts, K choices of a t
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -177,11 +178,7 @@ class Layout(NamedTuple):
 
 def dispatch(x: Float[Array, "n d"], layout: Layout) -> Float[Array, "..."]:
     """Every kept choice's token at its place; zeros at places that are empty."""
-    n, k = layout.slots.shape
-    tokens = jnp.broadcast_to(jnp.arange(n, dtype=jnp.int32)[:, None], (n, k))
-    token_of = jnp.full((layout.places,), n, jnp.int32)
-    token_of = token_of.at[layout.slots.reshape(-1)].set(tokens.reshape(-1), mode="drop")
-    placed = x.at[token_of].get(mode="fill", fill_value=0)
+    placed = _to_places(x, layout.slots, layout.places)
     return placed.reshape(*layout.shape, x.shape[-1])
 
 
@@ -198,10 +195,64 @@ def combine(
 
     A choice that was not kept reads nobody's output: it adds nothing.
     """
-    y = y.reshape(layout.places, -1)
-    chosen = y.at[layout.slots].get(mode="fill", fill_value=0)  # (N, K, D)
-    out = jnp.einsum("nkd,nk->nd", chosen.astype(jnp.float32), weights)
-    return out.astype(y.dtype)
+    return _from_places(y.reshape(layout.places, -1), layout.slots, weights)
+
+
+# A place holds one choice and a choice has one place, so the gradient of fetching rows is to fetch
+# rows too. Autodiff would add them up by a scatter, which is slow on every device.
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _to_places(x: Float[Array, "n d"], slots: Int32[Array, "n k"], places: int):
+    return _rows(x, _token_at(slots, places))
+
+
+def _to_places_backward(places, slots, g):
+    total = sum(_rows(g, slots[:, k]).astype(jnp.float32) for k in range(slots.shape[1]))
+    return total.astype(g.dtype), None
+
+
+_to_places.defvjp(
+    lambda x, slots, places: (_to_places(x, slots, places), slots), _to_places_backward
+)
+
+
+@jax.custom_vjp
+def _from_places(
+    y: Float[Array, "p d"], slots: Int32[Array, "n k"], weights: Float32[Array, "n k"]
+) -> Float[Array, "n d"]:
+    chosen = (_rows(y, slots[:, k]).astype(jnp.float32) for k in range(slots.shape[1]))
+    return sum(rows * weights[:, k, None] for k, rows in enumerate(chosen)).astype(y.dtype)
+
+
+def _from_places_backward(saved, g):
+    y, slots, weights = saved
+    places = y.shape[0]
+    weight_at = jnp.zeros((places,), jnp.float32)
+    weight_at = weight_at.at[slots.reshape(-1)].set(weights.reshape(-1), mode="drop")
+    dy = _rows(g, _token_at(slots, places)).astype(jnp.float32) * weight_at[:, None]
+    chosen = (_rows(y, slots[:, k]).astype(jnp.float32) for k in range(slots.shape[1]))
+    d_weights = [jnp.sum(rows * g.astype(jnp.float32), axis=-1) for rows in chosen]
+    return dy.astype(y.dtype), None, jnp.stack(d_weights, axis=-1)
+
+
+_from_places.defvjp(
+    lambda y, slots, weights: (_from_places(y, slots, weights), (y, slots, weights)),
+    _from_places_backward,
+)
+
+
+def _token_at(slots: Int32[Array, "n k"], places: int) -> Int32[Array, "p"]:
+    """The token at each place, N where it is empty."""
+    n, k = slots.shape
+    tokens = jnp.broadcast_to(jnp.arange(n, dtype=jnp.int32)[:, None], (n, k))
+    empty = jnp.full((places,), n, jnp.int32)
+    return empty.at[slots.reshape(-1)].set(tokens.reshape(-1), mode="drop")
+
+
+def _rows(x: Float[Array, "m d"], at: Int32[Array, "p"]) -> Float[Array, "p d"]:
+    """x[at], zeros where that is beyond the end."""
+    return x.at[at].get(mode="fill", fill_value=0)
 
 
 def capacity_layout(
