@@ -31,6 +31,12 @@ def twin_weights(named, layers):
             for kind, suffix in (("w", "weight"), ("b", "bias")):
                 if f"{ours}.{mine}.{kind}" in named:
                     theirs[f"{to}.{place}.{suffix}"] = named[f"{ours}.{mine}.{kind}"].T
+        if f"{ours}.feed_forward.router.w" in named:
+            router, at = named[f"{ours}.feed_forward.router.w"], f"{to}.mlp"
+            theirs[f"{at}.router.weight"] = router.T
+            for mine, place in (("up.0", "up"), ("gate", "gate"), ("down", "down")):
+                for e, w in enumerate(named.get(f"{ours}.feed_forward.experts.{mine}.w", ())):
+                    theirs[f"{at}.experts.{e}.{place}.weight"] = w.T
         for mine, place in (("attention_norm", "norm_1"), ("feed_forward_norm", "norm_2")):
             theirs[f"{to}.{place}.weight"] = named[f"{ours}.{mine}.scale"]
             if f"{ours}.{mine}.bias" in named:
@@ -42,7 +48,9 @@ def twin_weights(named, layers):
     return {name: torch.from_numpy(np.array(leaf)) for name, leaf in theirs.items()}
 
 
-@pytest.mark.parametrize("name", ["gpt2", "baby-gpt", "llama-3-8b", "nano"])
+@pytest.mark.parametrize(
+    "name", ["gpt2", "baby-gpt", "llama-3-8b", "nano", "baby-moe", "mixtral-8x7b"]
+)
 def test_the_twin_gives_our_logits(name):
     spec = shrink(PRESETS[name].model)
     model = Transformer(spec, rngs=jax.random.key(1))

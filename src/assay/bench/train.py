@@ -198,11 +198,35 @@ def torch_twin(spec: TransformerSpec) -> Any:
                 return self.down(self.act(self.gate(x)) * self.up(x))
             return self.down(self.act(self.up(x)))
 
+    class Experts(nn.Module):
+        """A loop over the experts, each of the tokens that chose it."""
+
+        def __init__(self, of):
+            super().__init__()
+            self.of = of
+            self.router = nn.Linear(spec.d_model, of.experts, bias=of.router.bias)
+            self.experts = nn.ModuleList(Mlp(of.expert) for _ in range(of.experts))
+
+        def forward(self, x):
+            flat, out = x.reshape(-1, x.shape[-1]), torch.zeros_like(x).reshape(-1, x.shape[-1])
+            with torch.autocast("cpu", enabled=False):
+                scores = self.router(flat.float())
+            chosen, experts = scores.topk(self.of.router.k, dim=-1)
+            weights = chosen.softmax(dim=-1)
+            if not self.of.router.renormalise:
+                weights = scores.softmax(dim=-1).gather(1, experts)
+            for e, expert in enumerate(self.experts):
+                rows, choice = torch.where(experts == e)
+                y = expert(flat[rows]) * weights[rows, choice, None]
+                out = out.index_add(0, rows, y.to(out.dtype))
+            return out.view(x.shape)
+
     class Block(nn.Module):
         def __init__(self, of):
             super().__init__()
             self.norm_1, self.attention = norm(of.norm), Attention(of.attention)
-            self.norm_2, self.mlp = norm(of.norm), Mlp(of.feed_forward)
+            part = Experts if of.feed_forward.kind == "moe" else Mlp
+            self.norm_2, self.mlp = norm(of.norm), part(of.feed_forward)
 
         def forward(self, x, angles):
             x = x + self.attention(self.norm_1(x), angles)
@@ -236,6 +260,8 @@ def torch_twin(spec: TransformerSpec) -> Any:
     for i, block in enumerate(spec.decoder.pattern):
         if reason := _not_in_the_twin(block):
             raise AssayError(f"decoder.pattern.{i}: {reason}; the PyTorch twin has no such part.")
+    if spec.multi_token is not None:
+        raise AssayError("multi_token is set; the PyTorch twin has no such part.")
     if spec.head is None or spec.decoder.final_norm is None:
         raise AssayError("the PyTorch twin needs a head and a final norm.")
     rope = next(
@@ -256,11 +282,17 @@ def _not_in_the_twin(block: BlockSpec) -> str | None:
     attention, mlp = block.attention, block.feed_forward
     if attention is None or mlp is None:
         return "a block without attention or without feed-forward"
-    for name in ("softcap", "window", "scale"):
+    for name in ("softcap", "window", "scale", "gate", "value_embedding"):
         if getattr(attention, name) is not None:
             return f"attention.{name} is set"
+    if attention.positions.kind == "alibi":
+        return "attention.positions are alibi"
     if block.norm_position != "pre":
         return f"norm_position is '{block.norm_position}'"
-    if mlp.kind != "mlp" or len(mlp.widths) > 1:
+    if mlp.kind == "moe":
+        if mlp.router.kind != "top_k" or mlp.router.jitter or mlp.shared or mlp.capacity:
+            return "the experts are not a dropless top-k mixture"
+        mlp = mlp.expert
+    if len(mlp.widths) > 1:
         return "the feed-forward is not a plain or gated MLP"
     return None

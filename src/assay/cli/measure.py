@@ -43,7 +43,7 @@ def demo(
 
 @app.command()
 def bench(
-    what: Annotated[str, typer.Argument(help="train.")],
+    what: Annotated[str, typer.Argument(help="train or moe.")],
     model: Annotated[str, typer.Argument(help="A preset.")],
     against: Annotated[str | None, typer.Option(help="torch: time PyTorch in turn.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16.")] = None,
@@ -55,12 +55,15 @@ def bench(
 ) -> None:
     """Speed of a training step, against PyTorch's in the same run, turn by turn.
 
+    `moe` compares a model of experts with the dense one of equal active size, and with every
+    expert on every token.
+
     Example: assay bench train tiny-gpt --against torch
     """
     from assay.errors import did_you_mean
     from assay.spec import presets
 
-    benches = {"train": _bench_train}
+    benches = {"train": _bench_train, "moe": _bench_moe}
     if what not in benches:
         raise AssayError(f"bench {what}: {did_you_mean(what, benches)}")
     flags = {
@@ -100,6 +103,39 @@ def _bench_train(
         out().print(f"first step, compilation included: {result.first_step_seconds:.1f} s")
         versions = ", ".join(f"{k} {v}" for k, v in result.versions.items())
         out().print(f"{versions}, {result.threads} threads")
+    emit(data, as_json)
+
+
+def _bench_moe(model: str, run: "RunSpec", against: str | None, rounds: int, as_json: bool) -> None:
+    """`theirs` is the dense model of equal active size, or PyTorch's loop over the experts."""
+    from assay.bench.moe import bench_moe
+
+    result = bench_moe(run, against=against, rounds=rounds)
+    theirs = against or "dense"
+    data = {
+        "model": model,
+        "dtype": run.compute.dtype,
+        "ours": {"tokens_per_second": asdict(result.speeds["ours"])},
+        "theirs": {"tokens_per_second": asdict(result.speeds[theirs])},
+        "ratio": asdict(result.ratios[theirs]),
+        "speeds": {name: asdict(speed) for name, speed in result.speeds.items()},
+        "ratios": {name: asdict(ratio) for name, ratio in result.ratios.items()},
+        "losses": result.losses,
+        "versions": result.versions,
+    }
+    if not as_json:
+        names = {
+            "ours": "experts",
+            "dense": "dense of equal active size",
+            "every_expert": "every expert on every token",
+            "torch": "PyTorch, a loop over experts",
+        }
+        rows = {f"{names[name]}, tokens/s": (x, ",.0f") for name, x in result.speeds.items()}
+        rows |= {f"experts / {names[name]}": (x, ".2f") for name, x in result.ratios.items()}
+        title = f"{model}, {run.compute.dtype}, batch {run.data.batch_size} x {run.data.seq_len}"
+        _print_spreads(title, rows)
+        times = 1 / result.ratios["dense"].median
+        out().print(f"a step costs {times:.2f} times the dense model's (median)")
     emit(data, as_json)
 
 
