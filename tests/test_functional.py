@@ -643,6 +643,69 @@ def test_weights_come_from_one_place(params):
         decode(x[..., :8], mask, params)
 
 
+# ---------------------------------------------------------------------------- experts
+
+
+@pytest.mark.parametrize("noise", [False, True], ids=["top-k", "noisy top-k"])
+@pytest.mark.parametrize("renormalise", [True, False])
+def test_a_mixture_against_the_formula(noise, renormalise):
+    """makeMoE's layer in float64, a token at a time, every token by its two experts alone."""
+    experts, k = 4, 2
+    params = fn.init_mixture_of_experts(
+        jax.random.key(0),
+        experts=experts,
+        d_model=D,
+        d_ff=FF,
+        noisy=noise,
+        bias=True,
+        init=InitSpec(weights=NormalInit(std=0.4)),
+    )
+    params = jax.tree.map(lambda p: p + 0.1 * normal(5, *p.shape), params)  # biases too
+    x, key = normal(1, B, T, D), jax.random.key(2)
+    found = jax.jit(
+        lambda x, p: fn.mixture_of_experts(
+            x, params=p, k=k, renormalise=renormalise, noise_key=key if noise else None
+        )
+    )(x, params)
+    logits = f64(x) @ f64(params.router) + f64(params.router_bias)
+    if noise:
+        spread = np.log1p(np.exp(f64(x) @ f64(params.noise) + f64(params.noise_bias)))
+        logits = logits + f64(jax.random.normal(key, logits.shape)) * spread
+    np.testing.assert_allclose(found.logits, logits, **CLOSE)
+    wanted = np.zeros((B, T, D))
+    for place in np.ndindex(B, T):
+        chosen = np.argsort(-logits[place])[:k]
+        scores = np.exp(logits[place])
+        weights = scores[chosen] / (scores[chosen] if renormalise else scores).sum()
+        for e, weight in zip(chosen, weights, strict=True):
+            p = [f64(a)[e] for a in params.experts if a is not None]
+            up, down, up_bias, down_bias = p
+            hidden = np.maximum(f64(x)[place] @ up + up_bias, 0)
+            wanted[place] += weight * (hidden @ down + down_bias)
+    np.testing.assert_allclose(found.y, wanted, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(found.load.sum(), 1.0, rtol=1e-6)
+
+
+def test_a_mixture_over_capacity():
+    """In the order of the row: later tokens change no earlier one, and a dropped one gets 0."""
+    params = fn.init_mixture_of_experts(jax.random.key(0), experts=4, d_model=D, d_ff=FF)
+    x = normal(1, B, 16, D)
+    mixture = jax.jit(lambda x: fn.mixture_of_experts(x, params=params, k=1, load=0.5))
+    found = mixture(x)
+    dropped = ~np.asarray(found.kept)[..., 0]
+    assert 0 < dropped.sum() < dropped.size
+    assert (np.asarray(found.y)[dropped] == 0).all()
+    other = mixture(x.at[:, 8:].set(normal(7, B, 8, D)))
+    np.testing.assert_array_equal(other.kept[:, :8], found.kept[:, :8])
+    np.testing.assert_allclose(other.y[:, :8], found.y[:, :8], atol=1e-6)
+
+
+def test_noise_needs_its_projection():
+    params = fn.init_mixture_of_experts(jax.random.key(0), experts=2, d_model=D, d_ff=FF)
+    with pytest.raises(AssayError, match="noise_key: found one; the router has no noise"):
+        fn.mixture_of_experts(normal(1, B, T, D), params=params, noise_key=jax.random.key(0))
+
+
 def test_every_public_name_is_there():
     assert list(fn.__all__) == sorted(fn.__all__)
     for name in fn.__all__:

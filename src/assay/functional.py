@@ -17,8 +17,9 @@ Masks are boolean, where True may attend, or float, added to the scores (0 chang
 hides). A mask is (T, S), or has an axis for each of the scores'; an axis of 1 is repeated. A query
 that may attend to nothing gets the mean of all values, never NaN.
 
-Dropout falls only where a rate and a key are given. A mixture of experts is routed, dispatched and
-combined by `assay.model.moe`'s own functions, named here too.
+Dropout falls only where a rate and a key are given. `mixture_of_experts` routes, dispatches and
+combines by `assay.model.moe`'s own functions, which are named here too; its gradient is written
+out, so that `jax.grad` takes it and `jax.jvp` does not.
 """
 
 import math
@@ -33,13 +34,18 @@ from assay.errors import AssayError
 from assay.model.attention import HIDDEN, attend
 from assay.model.layers import activate, depth_scale, dropout, linear, normalise
 from assay.model.moe import (
+    Layout,
     balance_loss,
+    blocks_layout,
+    capacity_layout,
     choose,
     combine,
     dispatch,
     expert_choice,
     noisy,
     normalised,
+    places_per_row,
+    ragged_layout,
     router_logits,
     router_z_loss,
     within_capacity,
@@ -53,9 +59,14 @@ __all__ = [
     "DecoderBlockParams",
     "DecoderParams",
     "FeedForwardParams",
+    "Layout",
+    "MoeOutput",
+    "MoeParams",
     "NormParams",
     "Rope",
     "balance_loss",
+    "blocks_layout",
+    "capacity_layout",
     "causal_mask",
     "choose",
     "combine",
@@ -66,15 +77,19 @@ __all__ = [
     "init_attention",
     "init_embedding",
     "init_feed_forward",
+    "init_mixture_of_experts",
     "init_transformer_decoder",
     "init_transformer_decoder_block",
     "layer_norm",
     "log_probabilities",
+    "mixture_of_experts",
     "multi_head_attention",
     "multi_query_attention",
     "noisy",
     "normalised",
     "padding_mask",
+    "places_per_row",
+    "ragged_layout",
     "rms_norm",
     "rope_tables",
     "rotate",
@@ -377,6 +392,124 @@ def init_feed_forward(
         down_bias=jnp.zeros(d_model) if bias else None,
         gate=initial_values(keys[2], (d_model, d_ff), init.weights) if gated else None,
         gate_bias=jnp.zeros(d_ff) if bias and gated else None,
+    )
+
+
+# ---------------------------------------------------------------------------- experts
+
+
+class MoeParams(NamedTuple):
+    """A router, and E experts as one `FeedForwardParams` whose arrays have E in front.
+
+    `noise` is the second projection of a noisy router. Biases are (E,).
+    """
+
+    router: Float[Array, "d e"]
+    experts: FeedForwardParams
+    router_bias: Float[Array, "e"] | None = None
+    noise: Float[Array, "d e"] | None = None
+    noise_bias: Float[Array, "e"] | None = None
+
+
+class MoeOutput(NamedTuple):
+    """What a mixture gives, and what `balance_loss` and `router_z_loss` are made of."""
+
+    y: Float[Array, "b t d"]
+    logits: Float32[Array, "b t e"]
+    experts: Int32[Array, "b t k"]
+    kept: Bool[Array, "b t k"]
+    load: Float32[Array, "e"]
+
+
+def mixture_of_experts(
+    x: Float[Array, "b t d"],
+    *,
+    params: MoeParams,
+    k: int = 2,
+    activation: Activation = "relu",
+    renormalise: bool = True,
+    noise_key: Key[Array, ""] | None = None,
+    load: float | None = None,
+) -> MoeOutput:
+    """Each token through the k experts that its router scores highest, and no other.
+
+    The weights are a softmax over the k chosen logits, or (`renormalise=False`) those of the
+    softmax over all. A `noise_key` draws makeMoE's noise, eps softplus(x noise), where the router
+    has it. `load` limits each expert to so many times the mean of a row's choices, in the order
+    of the row; a token over the limit gets nothing from that expert. The router is in float32.
+    """
+    (b, t, d), e = x.shape, params.router.shape[1]
+    logits = router_logits(x, params.router, params.router_bias)
+    if noise_key is not None:
+        if params.noise is None:
+            raise _refuse("noise_key", "one", "the router has no noise projection")
+        logits = noisy(logits, router_logits(x, params.noise, params.noise_bias), noise_key)
+    experts, _ = choose(logits, k)
+    chosen = jnp.take_along_axis(
+        logits if renormalise else jax.nn.softmax(logits, axis=-1), experts, axis=-1
+    )
+    weights = jax.nn.softmax(chosen, axis=-1) if renormalise else chosen
+    kept = jnp.ones(experts.shape, bool)
+    if load is not None:
+        places = places_per_row(load, k, t, e)
+        limits = {"num_experts": e, "capacity": places, "by_weight": False}
+        kept = within_capacity(experts, weights, kept, **limits)
+    sort = blocks_layout if jax.default_backend() == "cpu" else ragged_layout
+    layout = sort(experts, kept, e)
+    y = _by_expert(dispatch(x.reshape(b * t, d), layout), layout, params.experts, activation)
+    y = combine(y, layout, jnp.where(kept, weights, 0.0).reshape(b * t, k))
+    choices = jnp.mean(jax.nn.one_hot(experts, e), axis=(0, 1, 2))
+    return MoeOutput(y.reshape(b, t, d), logits, experts, kept, choices)
+
+
+def _by_expert(x, layout: Layout, params: FeedForwardParams, activation: Activation):
+    """`feed_forward`, each place by its own expert."""
+
+    def linear(x, w, bias):
+        y = layout.product(x, w.astype(x.dtype))
+        return y if bias is None else y + layout.spread(bias.astype(x.dtype))
+
+    hidden = linear(x, params.up, params.up_bias)
+    if params.gate is None:
+        hidden = activate(hidden, activation)
+    else:
+        hidden = activate(linear(x, params.gate, params.gate_bias), activation) * hidden
+    return linear(hidden, params.down, params.down_bias)
+
+
+def init_mixture_of_experts(
+    key: Key[Array, ""],
+    *,
+    experts: int,
+    d_model: int,
+    d_ff: int,
+    noisy: bool = False,
+    bias: bool = False,
+    gated: bool = False,
+    init: InitSpec = GPT2_INIT,
+    num_layers: int = 1,
+) -> MoeParams:
+    """Weights of `mixture_of_experts`, each expert's drawn for itself. Biases begin at 0."""
+    router_key, noise_key, experts_key = jax.random.split(key, 3)
+
+    def expert(key: Key[Array, ""]) -> FeedForwardParams:
+        return init_feed_forward(
+            key,
+            d_model=d_model,
+            d_ff=d_ff,
+            bias=bias,
+            gated=gated,
+            init=init,
+            num_layers=num_layers,
+        )
+
+    shape = (d_model, experts)
+    return MoeParams(
+        router=initial_values(router_key, shape, init.weights),
+        experts=jax.vmap(expert)(jax.random.split(experts_key, experts)),
+        router_bias=jnp.zeros(experts) if bias else None,
+        noise=initial_values(noise_key, shape, init.weights) if noisy else None,
+        noise_bias=jnp.zeros(experts) if bias and noisy else None,
     )
 
 

@@ -15,6 +15,11 @@ SHOWS = {
     "multi_query_decoder": [r"\(2, 10, 64\)", "no sight of the future: True"],
     "jaxformers_lm": [r"never seen: (?P<percent>[\d.]+)%"],
     "jaxformers_seq2seq": [r"never seen before: (?P<percent>[\d.]+)%"],
+    "make_moe": [
+        r"TopKRouter[^N]*?(?P<bpb>[\d.]+) bits per byte",
+        r"NoisyTopKRouter\s.*?(?P<bpb>[\d.]+) bits per byte",
+        r"at temperature 0.8: ['\"]",
+    ],
     "quickstart": [r"(?P<bpb>[\d.]+) bits per byte", "The for statement"],
     "custom_architecture": [r"\[32, 16, 16, None", r"(?P<bpb>[\d.]+) bits per byte"],
     "blend": ["75% of the tokens", r"(?P<bpb>[\d.]+) bits per byte"],

@@ -3,8 +3,6 @@
 import re
 from pathlib import Path
 
-import pytest
-
 from assay import functional
 from assay.spec.presets import PRESETS
 
@@ -27,17 +25,6 @@ def test_every_preset_named_is_one():
         names = re.findall(r"`([\w.-]+)`", ours)
         assert bool(names) != ("on the way" in ours), theirs
         assert {*names} <= {*PRESETS}, theirs
-
-
-AWAITED = [
-    "charformer",
-]
-
-
-@pytest.mark.parametrize("name", AWAITED)
-def test_what_is_on_the_way_is_not_here_yet(name):
-    """When it arrives, its line in the guide changes, and it leaves this list."""
-    assert name not in PRESETS, f"docs/porting.md still says that {name} is on the way"
 
 
 def test_every_path_named_is_a_field():
