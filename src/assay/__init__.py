@@ -25,7 +25,7 @@ if (
     os.environ["JAX_PLATFORMS"] = "cpu"
 
 if TYPE_CHECKING:
-    from assay.api import generate, load, preset, train
+    from assay.api import compare, generate, load, preset, train
     from assay.model.transformer import Transformer
     from assay.spec.model import TransformerSpec
     from assay.spec.run import RunSpec
@@ -35,6 +35,7 @@ __all__ = [
     "RunSpec",
     "Transformer",
     "TransformerSpec",
+    "compare",
     "generate",
     "load",
     "preset",
@@ -49,7 +50,7 @@ _PLACES = {
     "preset": "assay.api",
 }
 
-_PACKAGES = ("generate", "train")  # packages that can be called
+_PACKAGES = ("compare", "generate", "train")  # packages that can be called
 
 
 def __getattr__(name: str) -> Any:

@@ -1,8 +1,10 @@
-"""Assay from Python, in three calls: `load`, `train`, `generate`."""
+"""Assay from Python, in four calls: `load`, `train`, `generate`, `compare`."""
 
 from pathlib import Path
 from typing import Any
 
+from assay.compare.results import Results
+from assay.compare.runner import compare as _compare
 from assay.errors import AssayError
 from assay.generate.text import Completion, complete
 from assay.loading import Loaded, load
@@ -38,6 +40,14 @@ def train(run: RunSpec | str, out: str | Path, **options: Any) -> TrainResult:
     plot_losses(Path(out), title=title)
     plot_experts(Path(out), title=title)
     return result
+
+
+def compare(file: str | Path, out: str | Path, **options: Any) -> Results:
+    """Compares the variants of an experiment file in the folder `out`; draws the report.
+
+    `options` are those of `assay.compare.runner.compare`: steps, target_flops, jobs, on, watcher.
+    """
+    return _compare(file, out, **options)
 
 
 def generate(model: Loaded | str | Path, prompt: str, **options: Any) -> Completion:

@@ -3,6 +3,7 @@
 import sys
 
 from assay.cli import (  # noqa: F401, each adds its commands
+    compare,
     convert,
     describe,
     measure,

@@ -188,13 +188,15 @@ class Running(Spec):
     """How the runs are carried out; nothing here changes a number but the clocks.
 
     jobs: how many at once; by default one where time is a result (`timed`, or a budget of
-    seconds) and else one a core. evaluations: how often a run is scored on its way.
+    seconds) and else one a core. evaluations: how often a run is scored on its way. gpus: that a
+    Ray cluster reserves for each run.
     """
 
     jobs: PositiveInt | None = None
     timed: bool = False
     evaluations: PositiveInt = 10
     checkpoint_every: PositiveInt | None = None
+    gpus: Annotated[float, Field(ge=0)] = 0
 
 
 class Experiment(Spec):

@@ -37,6 +37,10 @@ IN_FLIGHT = 2
 """Steps the host may be ahead of the device: enough to hide its work, too few to pile up."""
 
 
+class DivergedError(AssayError):
+    """The loss or a parameter is no longer a number."""
+
+
 @dataclass(frozen=True)
 class TrainResult:
     """How a run ended. Losses are nats a token; `val_bpb` bits per UTF-8 byte of held-out text.
@@ -351,7 +355,7 @@ def _save(checkpoints: Checkpoints, state: TrainState, position, form: Layout, l
     finite = jax.device_get(_all_finite(name_leaves(state.params, form)))
     bad = [name for name, good in finite.items() if not good]
     if bad:
-        raise AssayError(
+        raise DivergedError(
             f"the update of step {int(state.step)} left numbers that are not finite in "
             f"{bad[0]} and {len(bad) - 1} other parameters; the learning rate may be too high. "
             f"{log.last_good()}"
@@ -467,7 +471,7 @@ class _Log:
                     f" (the step before: loss {self.previous['loss']:.4g}, "
                     f"gradient norm {self.previous['grad_norm']:.4g})"
                 )
-            raise AssayError(
+            raise DivergedError(
                 f"the {what} of step {step} is {record[name]}{before}, at learning rate "
                 f"{record['lr']:.3g}; try a lower one, a longer warm-up, or clipping. "
                 f"{self.last_good()}"

@@ -1,0 +1,200 @@
+"""Comparing architectures: compare, report."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from assay.cli.application import Json, Quiet, app, emit, next_folder, out, short
+
+
+@app.command()
+def compare(
+    file: Annotated[Path, typer.Argument(help="The experiment, a TOML file.")],
+    out_folder: Annotated[
+        Path | None, typer.Option("--out", help="Its folder; a half-done one is gone on with.")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Updates a run, in the place of the file's budget.", min=1)
+    ] = None,
+    design: Annotated[
+        bool, typer.Option("--design", help="Say what it will cost and can show; run nothing.")
+    ] = False,
+    pilot: Annotated[
+        Path | None, typer.Option(help="With --design: a comparison that tells the noise.")
+    ] = None,
+    target_flops: Annotated[
+        float | None,
+        typer.Option(help="The budget meant to be spent: who wins there, by the ladder's fits."),
+    ] = None,
+    on: Annotated[
+        str | None, typer.Option(help="ray (here) or ray://HOST:PORT: a Ray cluster.")
+    ] = None,
+    jobs: Annotated[
+        int | None, typer.Option(help="Runs at once; one a core, if time is no result.", min=1)
+    ] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Trains several architectures at one budget, several seeds each, and says which is better.
+
+    May be stopped at any moment; the same command goes on where it was.
+
+    Example: assay compare examples/compare/quick.toml --out runs/quick
+    """
+    if design:
+        _design(file, out_folder, steps, pilot, on, jobs, as_json)
+        return
+    from assay.api import compare as run_comparison
+    from assay.compare.live import default_watcher
+
+    folder = out_folder or next_folder(file.stem)
+    results = run_comparison(
+        file,
+        folder,
+        steps=steps,
+        target_flops=target_flops,
+        jobs=jobs,
+        on=on,
+        watcher=default_watcher(quiet),
+    )
+    if not as_json:
+        _print(results, folder)
+    emit(_summary(results, folder), as_json)
+
+
+def _summary(results, folder: Path) -> dict[str, Any]:
+    """results.json without what is long: specs, curves, the file's text."""
+    rows = [
+        row.model_dump(mode="json", exclude={"spec", "diagram", "checks"}) for row in results.rows
+    ]
+    return {
+        "out": str(folder),
+        "sentence": results.sentence,
+        "complete": results.complete,
+        "rows": rows,
+        "pairs": [pair.model_dump(mode="json") for pair in results.pairs],
+        "decision": results.decision and results.decision.model_dump(mode="json"),
+        "design": results.design.model_dump(mode="json"),
+        "environment": results.environment.model_dump(mode="json"),
+        "notes": list(results.notes),
+    }
+
+
+def _print(results, folder: Path) -> None:
+    console = out()
+    console.print(f"\n[bold]{escape(results.sentence)}[/]\n", soft_wrap=False)
+    table = Table(box=None)
+    table.add_column("")
+    for name in ("bits/byte", "95 % planned-n", "params", "active", "FLOPs", "seconds", "seeds"):
+        table.add_column(name, justify="right")
+    timed = results.environment.seconds_comparable
+    for row in sorted(results.rows, key=lambda row: (row.rung or "", row.rank or 0)):
+        table.add_row(
+            f"{row.name}{' *' if row.flags else ''}",
+            "-" if row.val_bpb_mean is None else f"{row.val_bpb_mean:.4f}",
+            _interval(row.val_bpb_ci95, ".4f"),
+            short(row.params),
+            short(row.active_params),
+            f"{row.train_flops:.2e}",
+            f"{row.seconds:.0f}" + ("" if timed else "?"),
+            str(len(row.seeds)),
+        )
+    console.print(table)
+    if results.pairs:
+        console.print()
+        table = Table(box=None)
+        table.add_column("pair")
+        for name in ("difference", "95 % planned-n", "anytime-valid", "p (Holm)", "verdict"):
+            table.add_column(name, justify="right")
+        for pair in results.pairs:
+            table.add_row(
+                f"{pair.a} - {pair.b}",
+                "-" if pair.difference is None else f"{pair.difference:+.4f}",
+                _interval(pair.ci95, "+.4f"),
+                _interval(pair.anytime95, "+.4f"),
+                "-" if pair.p_adjusted is None else f"{pair.p_adjusted:.3g}",
+                pair.verdict,
+            )
+        console.print(table)
+    for row in results.rows:
+        for flag in row.flags:
+            console.print(f"* {row.name}: {escape(flag)}")
+        for found in row.solved:
+            console.print(f"  {row.name}: {escape(_solution(found))}")
+    for note in results.notes:
+        console.print(f"  {escape(note)}")
+    console.print(f"\nreport   {folder / 'report.html'}", soft_wrap=True)
+
+
+def _solution(found) -> str:
+    return (
+        f"{found.path} = {found.after} (was {found.before}) gives {found.quantity} "
+        f"{found.found:,.0f}, wanted {found.wanted:,.0f}"
+    )
+
+
+def _interval(bounds, form: str) -> str:
+    low, high = bounds
+    if low is None and high is None:
+        return "unbounded"
+    return " to ".join("∞" if x is None else f"{x:{form}}" for x in (low, high))
+
+
+def _design(file, folder, steps, pilot, on, jobs, as_json) -> None:
+    from assay.compare.runner import design as outline_of
+
+    plan, found = outline_of(file, folder, steps=steps, pilot=pilot, on=on, jobs=jobs)
+    if not as_json:
+        _print_design(plan, found)
+    emit(asdict(found), as_json)
+
+
+def _print_design(plan, found) -> None:
+    console = out()
+    budget = plan.experiment.budget
+    console.print(
+        f"{found.runs} runs: {len(found.costs)} rows, {found.seeds} seeds each, "
+        f"{budget.amount:g} {budget.unit} a run."
+    )
+    table = Table(box=None)
+    table.add_column("")
+    for name in ("params", "steps", "tokens", "FLOPs in all", "seconds in all"):
+        table.add_column(name, justify="right")
+    for entry, cost in zip(plan.entries, found.costs, strict=True):
+        table.add_row(
+            cost.name,
+            short(entry.sizes["params"]),
+            f"{cost.steps:,}",
+            short(int(cost.tokens)),
+            f"{cost.flops:.2e}",
+            f"{cost.seconds:.0f}",
+        )
+    console.print(table)
+    for entry in plan.entries:
+        for solution in entry.solved:
+            console.print(f"{entry.name}: {escape(_solution(solution))}")
+    console.print(
+        f"In all {found.flops:.3g} FLOPs and about {found.seconds / 60:.1f} minutes, evaluation "
+        f"not counted.\n"
+    )
+    spread = found.deviation
+    known = "" if spread.low is None else f" (95 %: {spread.low:.4f} to {spread.high:.4f})"
+    console.print(
+        f"Differences between two variants of one seed deviate by {spread.value:.4f} bits per "
+        f"byte{known}: {escape(spread.source)}."
+    )
+    table = Table("seeds", "smallest difference that shows, with a chance of 80 %", box=None)
+    for seeds, difference in found.smallest:
+        mark = "  <- planned" if seeds == found.seeds else ""
+        table.add_row(str(seeds), f"{difference:.4f} bits per byte{mark}")
+    console.print(table)
+    if found.margin:
+        needed = found.equivalence_seeds
+        console.print(
+            f"To call two equal variants equivalent, within {found.margin:g}: "
+            + (f"{needed} seeds." if needed is not None else "no number of seeds is enough.")
+        )
