@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "interop": {"spec", "model", "data"},
     "plan": {"spec", "model", "train"},
     "loading": {"spec", "model", "data", "train", "interop", "startup"},
-    "compare": {"spec", "model", "data", "train", "evaluate", "plan", "loading"},
+    "compare": {"spec", "model", "data", "train", "evaluate", "plan", "loading", "startup"},
     "serve": {"spec", "model", "data", "generate", "loading"},
     "demo": {"spec", "model", "data", "train", "generate", "evaluate", "compare", "loading"},
     "bench": {"spec", "model", "data", "train", "generate", "loading"},

@@ -48,8 +48,8 @@ def compare(
     if design:
         _design(file, out_folder, steps, pilot, on, jobs, as_json)
         return
-    from assay.api import compare as run_comparison
     from assay.compare.live import default_watcher
+    from assay.compare.runner import compare as run_comparison
 
     folder = out_folder or next_folder(file.stem)
     results = run_comparison(

@@ -66,12 +66,10 @@ class Outline:
     equivalence_seeds: int | None
 
 
-def outline(plan: Plan, pool: Pool, jobs: int, pilot: Path | None, out: Path | None) -> Outline:
+def outline(plan: Plan, pool: Pool, pilot: Path | None, out: Path | None) -> Outline:
     """Costs by a few measured steps of each row; differences by the pilot's deviation.
 
     Args:
-        jobs: how many runs there will be at once; each then has its share of the cores, so that
-            the estimate of seconds in all is that of one after the other.
         pilot: an earlier comparison's folder; by default `out`, where it holds one.
 
     Raises:

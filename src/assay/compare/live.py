@@ -40,7 +40,7 @@ class Silent:
 
 
 class Screen:
-    """On a terminal a live table, a line a row, a column a seed; elsewhere a line a finished run."""
+    """On a terminal a table, a line a row and a column a seed; elsewhere a line a finished run."""
 
     def __init__(self, console: Console | None = None):
         self.console = console or Console(stderr=True, file=sys.stderr)

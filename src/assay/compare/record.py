@@ -239,7 +239,7 @@ def gather(
     study = _scaling(plan, runs, target_flops) if complete else None
     decision = _decision(study)
     return Results(
-        sentence=" ".join([decision.sentence] * bool(decision) + [sentence(plan, rows, pairs)]),
+        sentence=sentence(plan, rows, pairs, decision),
         title=plan.experiment.title or file.stem,
         complete=complete,
         file=file.name,
@@ -516,8 +516,15 @@ def with_device(environment: Environment, jobs: Sequence[Job]) -> Environment:
 # ---------------------------------------------------------------------------- in words
 
 
-def sentence(plan: Plan, rows: Sequence[Row], pairs: Sequence[Pair]) -> str:
-    """The answer in plain words, at the largest rung where there is a ladder."""
+def sentence(
+    plan: Plan, rows: Sequence[Row], pairs: Sequence[Pair], decision: Decision | None = None
+) -> str:
+    """The answer in plain words: at the budget meant to be spent, if any, then as measured.
+
+    Where there is a ladder, its last rung's.
+    """
+    if decision is not None:
+        return f"{decision.sentence} As measured: {sentence(plan, rows, pairs)}"
     rung = plan.entries[-1].rung
     rows = [row for row in rows if row.rung == rung]
     pairs = [pair for pair in pairs if {pair.a, pair.b} <= {row.name for row in rows}]

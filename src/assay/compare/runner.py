@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from assay.compare.experiment import Entry, Experiment, Plan, read, resolve, with_rate
 from assay.compare.design import Outline, outline
+from assay.compare.experiment import Entry, Experiment, Plan, read, resolve, with_rate
 from assay.compare.live import Silent, Watcher
 from assay.compare.pools import Pool, Processes, Ray, free_cores, has_accelerator
 from assay.compare.record import (
@@ -102,14 +102,14 @@ def design(
     """
     file = Path(file)
     experiment = read(file)
-    jobs = decide_jobs(experiment, jobs, on)
+    decide_jobs(experiment, jobs, on)
     plan = resolve(experiment, file.parent, steps=steps)
     with (
         tempfile.TemporaryDirectory(prefix="assay-") as scratch,
         # One at a time: what a step takes is measured.
         pool_for(on, 1, Path(scratch), (), experiment) as pool,
     ):
-        return plan, outline(plan, pool, jobs or pool.jobs, pilot, out)
+        return plan, outline(plan, pool, pilot, out)
 
 
 def decide_jobs(experiment: Experiment, asked: int | None, on: str | None) -> int | None:
