@@ -43,12 +43,25 @@ Paths = dict[str, Any]
 # ---------------------------------------------------------------------------- the file
 
 
-class Base(Spec):
+class Changes(Spec):
+    """Fields that are `set`, by dotted path, and fields that are to hold nothing (`unset`).
+
+    TOML has no null, which is what unset fields are in JSON.
+    """
+
+    set: Paths = Field(default_factory=dict)
+    unset: tuple[str, ...] = ()
+
+    @property
+    def paths(self) -> Paths:
+        return self.set | dict.fromkeys(self.unset)
+
+
+class Base(Changes):
     """What every variant starts from: a preset, or a `spec`: a JSON file, or a run's folder."""
 
     preset: str | None = None
     spec: str | None = None
-    set: Paths = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _one(self):
@@ -77,16 +90,15 @@ class Solve(Spec):
         return (self.path,) if isinstance(self.path, str) else self.path
 
 
-class Variant(Spec):
-    """A difference from the base: another preset's architecture, fields that are `set`, or both."""
+class Variant(Changes):
+    """A difference from the base: another preset's architecture, changed fields, or both."""
 
     preset: str | None = None
-    set: Paths = Field(default_factory=dict)
     solve: Solve | None = None
 
     @model_validator(mode="after")
     def _leaves_what_is_matched(self):
-        for path in self.set:
+        for path in self.paths:
             for fixed in ("seed", "train.budget", "train.score", "data.validation"):
                 if f"{path}.".startswith(f"{fixed}."):
                     raise ValueError(f"set: found '{path}', which is the same for all variants.")
@@ -177,10 +189,9 @@ class MupRate(Spec):
 LearningRate = Annotated[OneRate | TunedRate | MupRate, Field(discriminator="kind")]
 
 
-class Rung(Spec):
+class Rung(Changes):
     """One size of a ladder: changes of the base, and what its runs may spend."""
 
-    set: Paths = Field(default_factory=dict)
     amount: PositiveFloat | None = None
 
 
@@ -354,7 +365,7 @@ def resolve(experiment: Experiment, folder: Path | str = ".", *, steps: int | No
     entries = []
     for rung_name, rung in (experiment.ladder or {None: Rung()}).items():
         runs, made = {}, {}
-        below = _changed(base, rung.set, f"ladder.{rung_name}.set")
+        below = _changed(base, rung.paths, f"ladder.{rung_name}.set")
         if rung.amount is not None:
             below = below.at("train.budget.amount", rung.amount)
         for name, variant in experiment.variants.items():
@@ -362,7 +373,7 @@ def resolve(experiment: Experiment, folder: Path | str = ".", *, steps: int | No
             if variant.preset is not None:
                 preset = presets.get(variant.preset)
                 run = run.replace(model=preset.model, preset=preset.name)
-            run = _changed(run, variant.set, f"variants.{name}.set")
+            run = _changed(run, variant.paths, f"variants.{name}.set")
             if run.data not in vocabularies:
                 vocabularies[run.data] = loader.prepare(run.data)
             vocab = vocabularies[run.data].tokenizer.vocab_size
@@ -379,7 +390,7 @@ def resolve(experiment: Experiment, folder: Path | str = ".", *, steps: int | No
                     name,
                     rung_name,
                     _with_stops(run, experiment.running),
-                    experiment.variants[name].set | {s.path: s.after for s in solved},
+                    experiment.variants[name].paths | {s.path: s.after for s in solved},
                     solved,
                     sizes,
                     _differs(run, first),
@@ -409,7 +420,7 @@ def _base_run(experiment: Experiment, folder: Path) -> RunSpec:
         decided["data.validation"] = rate.validation
     if rate.kind == "one" and rate.lr is not None:
         decided |= with_rate(run, rate.lr / run.optimizer.lr)
-    return _changed(run, base.set, "base.set").changed(decided)
+    return _changed(run, base.paths, "base.set").changed(decided)
 
 
 def _read_spec(path: Path) -> RunSpec:

@@ -148,9 +148,7 @@ class Ray:
         self.ray, far = ray, address.startswith("ray://")
         options: dict[str, Any] = {"address": address} if far else {}
         if far:  # the nodes have Assay's dependencies, but perhaps not this Assay
-            import assay
-
-            options["runtime_env"] = {"py_modules": [str(Path(assay.__file__).parent)]}
+            options["runtime_env"] = {"py_modules": [str(Path(__file__).parents[1])]}
         try:
             ray.init(log_to_driver=False, logging_level="warning", **options)
         except (ConnectionError, RuntimeError, ValueError) as error:

@@ -543,20 +543,14 @@ def sentence(
 
 def _against(base: str, pairs: Sequence[Pair], told: str) -> str:
     parts = []
-    for verdict in ("better", "worse", "equivalent", "undecided"):
-        found = [pair for pair in pairs if pair.verdict == verdict]
-        named = [f"{p.a} ({_by(p)})" if verdict != "undecided" else p.a for p in found]
-        if not named:
-            continue
-        names = _and(named)
-        are = "is" if len(named) == 1 else "are"
-        if verdict == "undecided":
-            parts.append(f"for {names} no difference from {base} could be told")
-        else:
-            than = "to" if verdict == "equivalent" else "than"
-            parts.append(f"{names} {are} {verdict} {than} {base}")
-    text = "; ".join(parts)
-    return f"{text[0].upper()}{text[1:]}, {told}."
+    for verdict in ("better", "worse", "equivalent"):
+        named = [f"{pair.a} ({_by(pair)})" for pair in pairs if pair.verdict == verdict]
+        if named:
+            parts.append(f"{_and(named)} {'is' if len(named) == 1 else 'are'} {verdict}")
+    undecided = [pair.a for pair in pairs if pair.verdict == "undecided"]
+    if undecided:
+        parts.append(f"no difference could be told for {_and(undecided)}")
+    return f"Against {base}, {told}: {'; '.join(parts)}."
 
 
 def _among(names: Sequence[str], scored: Sequence[Row], pairs: Sequence[Pair], told: str) -> str:
