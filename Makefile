@@ -21,7 +21,7 @@ PIP = $(UV) pip install --compile-bytecode --python $(BIN)/python \
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install dev test lint format lock build clean lab demo bench
+.PHONY: help install dev test lint format lock build clean lab demo compare bench
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -50,6 +50,9 @@ lab: $(VENV)/.lab  ## notebooks in JupyterLab
 
 demo: $(VENV)/.core  ## train, sample and compare small models: minutes on a CPU
 	$(BIN)/assay demo
+
+compare: $(VENV)/.core  ## dense, grouped-query or experts: trains 9 models, writes runs/quick/report.html
+	$(BIN)/assay compare examples/compare/quick.toml --out runs/quick
 
 bench: $(VENV)/.dev  ## training speed against PyTorch, here
 	$(BIN)/assay bench train tiny-gpt --against torch

@@ -198,3 +198,38 @@ def _print_design(plan, found) -> None:
             f"To call two equal variants equivalent, within {found.margin:g}: "
             + (f"{needed} seeds." if needed is not None else "no number of seeds is enough.")
         )
+
+
+@app.command()
+def report(
+    source: Annotated[
+        Path, typer.Argument(help="A comparison's folder, or a CSV with columns '<run> - loss'.")
+    ],
+    out_folder: Annotated[
+        Path | None, typer.Option("--out", help="Where to; by default the source's own folder.")
+    ] = None,
+    animate: Annotated[
+        bool, typer.Option("--animate", help="Also figures/losses.gif, drawing itself.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Draws the report of a comparison, or the curves of a CSV, again.
+
+    Example: assay report runs/quick
+    """
+    from assay.compare.report import draw
+
+    folder = out_folder or (source if source.is_dir() else source.parent)
+    drawn = draw(source, folder, animate=animate)
+    if not as_json:
+        out().print(f"report   {drawn.report}", soft_wrap=True)
+        for figure in drawn.figures:
+            out().print(f"figure   {figure}", soft_wrap=True)
+    emit(
+        {
+            "report": str(drawn.report),
+            "series": list(drawn.series),
+            "figures": [str(figure) for figure in drawn.figures],
+        },
+        as_json,
+    )

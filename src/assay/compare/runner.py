@@ -129,7 +129,10 @@ def decide_jobs(experiment: Experiment, asked: int | None, on: str | None) -> in
         )
     if asked is not None or on is not None:
         return 1 if timed else asked
-    return 1 if timed or has_accelerator() else len(free_cores())
+    if timed or has_accelerator():
+        return 1
+    runs = len(experiment.variants) * len(experiment.design.seed_list)
+    return min(len(free_cores()), runs * max(len(experiment.ladder), 1))
 
 
 @contextmanager
