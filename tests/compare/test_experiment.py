@@ -58,6 +58,7 @@ def plan_of(tmp_path):
         (BUDGET + TWO + "[base]\n", "preset: give either a preset or a spec"),
         (HEAD + BUDGET + TWO + '[design]\nbase = "plan"\n', "did you mean 'plain'"),
         (HEAD + BUDGET + TWO + "[design]\nseeds = [1, 1]\n", "give different seeds"),
+        (HEAD + BUDGET + TWO + "[design]\nseeds = 5\nlooks = [3, 6]\n", r"looks: found \[3, 6\]"),
         (HEAD + BUDGET + '[variants.a]\nset."seed" = 3\n', "'seed', which is the same for all"),
         (HEAD + BUDGET + '[variants.a]\nset."train.budget.amount" = 3\n', "the same for all"),
         (HEAD + BUDGET + '[variants.a]\nsolve.path = "model.d_model"\n', r"a\.solve\.like"),

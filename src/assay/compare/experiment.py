@@ -27,6 +27,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
+from assay.compare import statistics
 from assay.compare.results import Solution
 from assay.compare.sizes import QUANTITIES, Quantity, measure, solve
 from assay.data import loader
@@ -145,6 +146,10 @@ class DesignSpec(Spec):
         seeds = self.seed_list
         if not seeds or len({*seeds}) < len(seeds):
             raise ValueError(f"seeds: found {list(seeds)}; give different seeds, at least one.")
+        try:
+            statistics.Design(len(seeds), self.looks, self.margin)
+        except AssayError as error:
+            raise ValueError(str(error)) from None
         if self.stop_when_decided and self.looks == "end":
             raise ValueError("stop_when_decided: there is one look, at the end; name more looks.")
         return self
@@ -375,7 +380,7 @@ def resolve(experiment: Experiment, folder: Path | str = ".", *, steps: int | No
                 run = run.replace(model=preset.model, preset=preset.name)
             run = _changed(run, variant.paths, f"variants.{name}.set")
             if run.data not in vocabularies:
-                vocabularies[run.data] = loader.prepare(run.data)
+                vocabularies[run.data] = _prepared(run.data)
             vocab = vocabularies[run.data].tokenizer.vocab_size
             runs[name] = run.replace(model=run.model.with_vocab(vocab))
         for name, variant in experiment.variants.items():
@@ -399,6 +404,16 @@ def resolve(experiment: Experiment, folder: Path | str = ".", *, steps: int | No
         _hold_equal(experiment.budget, [e for e in entries if e.rung == rung_name])
     data = vocabularies[entries[0].run.data].summary()
     return Plan(experiment, tuple(entries), data)
+
+
+def _prepared(spec: DataSpec) -> loader.Prepared:
+    prepared = loader.prepare(spec)
+    if prepared.held_out_bytes is None:
+        raise AssayError(
+            "data: it is token ids of which no text is known, so no bits per byte; name the "
+            "tokenizer that made them."
+        )
+    return prepared
 
 
 def _base_run(experiment: Experiment, folder: Path) -> RunSpec:
