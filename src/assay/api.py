@@ -6,7 +6,7 @@ from typing import Any
 from assay.compare.results import Results
 from assay.compare.runner import compare as _compare
 from assay.errors import AssayError
-from assay.generate.text import Completion, complete
+from assay.generate.text import Completion, complete, complete_by_beams
 from assay.loading import Loaded, load
 from assay.spec import presets
 from assay.spec.run import RunSpec
@@ -51,7 +51,8 @@ def compare(file: str | Path, out: str | Path, **options: Any) -> Results:
 
 
 def generate(model: Loaded | str | Path, prompt: str, **options: Any) -> Completion:
-    """Continues a prompt. `options` are those of `assay.generate.text.complete`.
+    """Continues a prompt, or makes the target of a source. `options` are those of
+    `assay.generate.text.complete`; `beams=N` and `length_penalty` search for the likeliest text.
 
     Raises:
         AssayError: if the model has no tokenizer.
@@ -59,4 +60,9 @@ def generate(model: Loaded | str | Path, prompt: str, **options: Any) -> Complet
     loaded = model if isinstance(model, Loaded) else load(model)
     if loaded.tokenizer is None:
         raise AssayError(f"{loaded.name}: it has no tokenizer, so there is no text to make.")
-    return complete(loaded.model, loaded.tokenizer, prompt, **{"max_new_tokens": 200} | options)
+    if loaded.model.spec.encoder is not None:
+        options = {"start_token": loaded.start_token} | options
+    options = {"max_new_tokens": 200} | options
+    if "beams" in options:
+        return complete_by_beams(loaded.model, loaded.tokenizer, [prompt], **options)[0][0]
+    return complete(loaded.model, loaded.tokenizer, prompt, **options)

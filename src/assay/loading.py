@@ -21,13 +21,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model ready to run. `run` is there for presets and runs, `step` for runs only."""
+    """A model ready to run. `run` is there for presets and runs, `step` for runs only.
+
+    `start_token` is the id that a target begins with, where the files name one.
+    """
 
     name: str
     model: "Transformer"
     tokenizer: "Tokenizer | None"
     run: RunSpec | None = None
     step: int | None = None
+    start_token: int | None = None
 
 
 def kind_of(model: str | Path) -> str:
@@ -196,4 +200,5 @@ def load(model: str | Path, dtype: str = "float32", *, seed: int = 0, mesh: Any 
     source = open_source(model)
     named = place(source.entries("assay", source.spec, None, None), source.spec, mesh)
     made = from_named_parameters(source.spec, named, compute)
-    return Loaded(str(model), made, source.tokenizer)
+    begins = source.start_token if source.spec.encoder is not None else None
+    return Loaded(str(model), made, source.tokenizer, start_token=begins)

@@ -16,6 +16,8 @@ import pytest
 import torch
 from transformers import (
     AutoModelForSeq2SeqLM,
+    GPT2Config,
+    GPT2LMHeadModel,
     MarianConfig,
     MarianMTModel,
     T5Config,
@@ -24,6 +26,8 @@ from transformers import (
 )
 from transformers.models.t5.modeling_t5 import T5Attention
 
+from assay.generate import engine
+from assay.generate.beams import beam_search
 from assay.interop.huggingface import (
     from_huggingface,
     load_folder,
@@ -64,9 +68,11 @@ WAYS = [ComputeSpec(), ComputeSpec(scan_layers=True), ComputeSpec(kernels="plain
 
 
 def every_way(test):
-    layouts = pytest.mark.parametrize("layout", CONFIGS)
-    ids = ["cpu", "scanned", "plain"]
-    return layouts(pytest.mark.parametrize("compute", WAYS, ids=ids)(test))
+    """Each layout by one way of computing, the first by all."""
+    cases = [("t5", way) for way in WAYS]
+    cases += [(name, WAYS[i % len(WAYS)]) for i, name in enumerate(CONFIGS) if name != "t5"]
+    ids = [f"{name}-{way.kernels}-{way.scan_layers}" for name, way in cases]
+    return pytest.mark.parametrize(("layout", "compute"), cases, ids=ids)(test)
 
 
 @dataclass(frozen=True)
@@ -208,8 +214,11 @@ def test_module_by_module(layout, compute):
     assert len(checked) == 2 + 4 * ex.spec.encoder.num_layers + 6 * ex.spec.decoder.num_layers
 
 
-@pytest.mark.parametrize("compute", WAYS, ids=["cpu", "scanned", "plain"])
-@pytest.mark.parametrize("layout", ["t5", "t5-v1.1"])
+@pytest.mark.parametrize(
+    ("layout", "compute"),
+    [("t5", WAYS[0]), ("t5", WAYS[1]), ("t5-v1.1", WAYS[2])],
+    ids=["t5-cpu", "t5-scanned", "t5-v1.1-plain"],
+)
 def test_gradients(layout, compute):
     """Of the mean cross-entropy with respect to every weight, 1e-4 of the largest in it."""
     ex = example(layout)
@@ -391,8 +400,11 @@ def marian_state(spec: TransformerSpec, named: dict[str, jax.Array]) -> dict[str
     return state
 
 
-@pytest.mark.parametrize("compute", WAYS, ids=["cpu", "scanned", "plain"])
-@pytest.mark.parametrize("name", ["transformer-base", "jaxformers"])
+@pytest.mark.parametrize(
+    ("name", "compute"),
+    [("transformer-base", WAYS[0]), ("jaxformers", WAYS[1]), ("jaxformers", WAYS[2])],
+    ids=["transformer-base", "jaxformers-scanned", "jaxformers-plain"],
+)
 def test_the_2017_wiring_is_marians(name, compute):
     """Embeddings, every layer and the logits; the preset shrunk, every parameter random."""
     spec = presets.shrink(presets.get(name).model).replace(vocab_size=V)
@@ -461,3 +473,92 @@ def test_the_2017_wiring_is_marians(name, compute):
         assert_close(x[..., order], wanted.decoder_hidden_states[i + 1], f"decoder {i}")
     logits = model(jnp.int32(tokens), source=jnp.int32(source), source_mask=jnp.asarray(mask))
     assert_close(logits, wanted.logits, "logits")
+
+
+# ---------------------------------------------------------------------------- generation
+
+PROMPTS = [[5, 9, 2, 33, 7], [4, 4], [60, 1, 17, 23, 42, 8, 11, 3]]
+NEW = 12
+
+
+def their_ids(theirs, prompt: list[int], end: int, **options) -> list[list[int]]:
+    """What transformers generates, without its start and from the end token on."""
+    sequences = theirs.generate(
+        torch.tensor([prompt]),
+        do_sample=False,
+        max_new_tokens=NEW,
+        eos_token_id=end,
+        pad_token_id=0,
+        decoder_start_token_id=0,
+        **options,
+    )
+    start = 1 if theirs.config.is_encoder_decoder else len(prompt)
+    rows = [row[start:] for row in sequences.tolist()]
+    return [row[: row.index(end)] if end in row else row[:NEW] for row in rows]
+
+
+@functools.cache
+def end_of(layout: str) -> int:
+    """A token that this model likes, so that some sequences end before others."""
+    free = engine.generate(
+        example(layout).ours(), PROMPTS, max_new_tokens=NEW, temperature=0, start_token=0
+    )
+    return free.ids[0][3]
+
+
+@pytest.mark.parametrize("layout", ["t5", "t5-v1.1"])
+def test_greedy_ids_are_theirs(layout):
+    ex, end = example(layout), end_of(layout)
+    ours = engine.generate(
+        ex.ours(), PROMPTS, max_new_tokens=NEW, temperature=0, start_token=0, end_token=end
+    )
+    wanted = [their_ids(ex.theirs, prompt, end)[0] for prompt in PROMPTS]
+    assert ours.ids == wanted
+    assert {*ours.finish_reasons} == {"stop", "length"} or all(len(ids) < NEW for ids in ours.ids)
+
+
+@pytest.mark.parametrize("length_penalty", [0.0, 1.0, 2.5, -1.0])
+@pytest.mark.parametrize("beams", [1, 2, 4])
+def test_beams_are_theirs(beams, length_penalty):
+    """Every beam of every source, read together here and one by one there; and their scores."""
+    ex, end = example("t5-v1.1"), end_of("t5-v1.1")
+    found = beam_search(
+        generator_of("t5-v1.1"),
+        PROMPTS,
+        beams=beams,
+        length_penalty=length_penalty,
+        max_new_tokens=NEW,
+        start_token=0,
+        end_token=end,
+    )
+    for prompt, row in zip(PROMPTS, found.rows, strict=True):
+        wanted = their_ids(
+            ex.theirs,
+            prompt,
+            end,
+            num_beams=beams,
+            num_return_sequences=beams,
+            length_penalty=length_penalty,
+        )
+        assert [beam.ids for beam in row] == wanted
+
+
+@functools.cache
+def generator_of(layout: str) -> engine.Generator:
+    return engine.Generator(example(layout).ours())
+
+
+def test_beams_of_a_decoder_are_theirs():
+    config = GPT2Config(
+        vocab_size=V, n_positions=64, n_embd=32, n_layer=2, n_head=4, eos_token_id=None
+    )
+    theirs = GPT2LMHeadModel(config).eval()
+    make_noisy(theirs, 0.3)
+    spec = spec_from_config(theirs.config.to_dict())
+    named = from_huggingface(state_of(theirs), spec, "gpt2")
+    generator = engine.Generator(from_named_parameters(spec, named))
+    end = engine.generate(generator, PROMPTS, max_new_tokens=NEW, temperature=0).ids[0][3]
+    found = beam_search(generator, PROMPTS, beams=3, max_new_tokens=NEW, end_token=end)
+    for prompt, row in zip(PROMPTS, found.rows, strict=True):
+        wanted = their_ids(theirs, prompt, end, num_beams=3, num_return_sequences=3)
+        assert [beam.ids for beam in row] == wanted

@@ -2,7 +2,7 @@
 
 import sys
 from dataclasses import asdict
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -26,7 +26,9 @@ from assay.errors import AssayError
 @app.command()
 def generate(
     model: Model,
-    prompt: Annotated[str, typer.Option(help="Goes in as it is.")] = "",
+    prompt: Annotated[
+        str, typer.Option(help="Goes in as it is; with an encoder, it is the source.")
+    ] = "",
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 200,
     temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0)] = 1.0,
     top_k: Annotated[int | None, typer.Option(min=1)] = None,
@@ -38,16 +40,22 @@ def generate(
         bool, typer.Option("--chat", help="The prompt is a message, in the model's own template.")
     ] = False,
     system: Annotated[str | None, typer.Option(help="With --chat: the system's message.")] = None,
+    beams: Annotated[
+        int | None, typer.Option(help="Search for the likeliest text; nothing is drawn.", min=1)
+    ] = None,
+    length_penalty: Annotated[
+        float, typer.Option(help="Of beams: log P / length^PENALTY. More favours longer ones.")
+    ] = 1.0,
     seed: Seed = 0,
     dtype: Dtype = "float32",
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Text from a model, streamed as it comes.
+    """Text from a model, streamed as it comes. With --beams it comes when it is found.
 
     Example: assay generate runs/first --prompt "The for statement" --temperature 0.7
     """
-    from assay.generate.text import stream_text
+    from assay.generate.text import complete_by_beams, stream_text
     from assay.loading import load
 
     loaded = load(model, dtype)
@@ -66,6 +74,35 @@ def generate(
             messages.insert(0, {"role": "system", "content": system})
         text = templates.encode(loaded.tokenizer, messages)
         stop_tokens = templates.end_of_turn_ids(loaded.tokenizer)
+    reads = loaded.model.spec.encoder is not None
+    begins = {"start_token": loaded.start_token} if reads else {}
+    if beams is not None:
+        (found,) = complete_by_beams(
+            loaded.model,
+            loaded.tokenizer,
+            [text],
+            beams=beams,
+            length_penalty=length_penalty,
+            max_new_tokens=max_new_tokens,
+            stop=tuple(stop or ()),
+            stop_tokens=stop_tokens,
+            **begins,
+        )
+        if not as_json:
+            print(found[0].text if reads or chat else prompt + found[0].text)
+        for note in found[0].notes if not quiet else ():
+            print(f"note: {note}", file=sys.stderr)
+        emit(
+            _completion(found[0])
+            | {
+                "score": found[0].score,
+                "beams": [
+                    {"text": beam.text, "tokens": beam.ids, "score": beam.score} for beam in found
+                ],
+            },
+            as_json,
+        )
+        return
     stream = stream_text(
         loaded.model,
         loaded.tokenizer,
@@ -79,9 +116,10 @@ def generate(
         stop=tuple(stop or ()),
         stop_tokens=stop_tokens,
         seed=seed,
+        **begins,
     )
     show_text = not as_json
-    if show_text and not chat:
+    if show_text and not (chat or reads):
         print(prompt, end="", flush=True)
     for piece in stream:
         if show_text:
@@ -91,17 +129,18 @@ def generate(
     result = stream.completion()
     for note in result.notes if not quiet else ():
         print(f"note: {note}", file=sys.stderr)
-    emit(
-        {
-            "text": result.text,
-            "tokens": result.ids,
-            "prompt_tokens": result.prompt_tokens,
-            "finish_reason": result.finish_reason,
-            "tokens_per_second": result.timing.tokens_per_second,
-            "time_to_first_token": result.timing.time_to_first_token,
-        },
-        as_json,
-    )
+    emit(_completion(result), as_json)
+
+
+def _completion(result) -> dict[str, Any]:
+    return {
+        "text": result.text,
+        "tokens": result.ids,
+        "prompt_tokens": result.prompt_tokens,
+        "finish_reason": result.finish_reason,
+        "tokens_per_second": result.timing.tokens_per_second,
+        "time_to_first_token": result.timing.time_to_first_token,
+    }
 
 
 @app.command("eval")
@@ -125,6 +164,7 @@ def evaluate(
     """
     from assay.data import corpora as files
     from assay.data import loader
+    from assay.data.pairs import open_pairs
     from assay.evaluate.perplexity import evaluate as score
     from assay.loading import load
 
@@ -137,8 +177,17 @@ def evaluate(
     sources = data or [source.corpus for source in run.data.sources]
     held_out = run.data.held_out if run is not None else 0.1
     window = seq_len or (run.data.seq_len if run is not None else loaded.model.spec.context)
+    paired = loaded.model.spec.encoder is not None
     parts = []
     for source in sources:
+        if paired:
+            corpus = open_pairs(source)
+            first, last = files.split(corpus, held_out)
+            chosen = {"held-out": last, "train": first, "all": corpus}
+            if split not in chosen:
+                raise AssayError(f"--split: found '{split}'; legal are held-out, train, all.")
+            parts.append(loader.tokenize_pairs(chosen[split], loaded.tokenizer))
+            continue
         corpus = files.open_corpus(source)
         first, last = files.split(corpus, held_out)
         if split == "all":
@@ -151,7 +200,7 @@ def evaluate(
             parts.append(loader.tokenize(last, loaded.tokenizer, int(before.ids[-1:][0])))
         else:
             raise AssayError(f"--split: found '{split}'; legal are held-out, train, all.")
-    packing = run.data.packing if run is not None else "stream"
+    packing = "pairs" if paired else run.data.packing if run is not None else "stream"
     batches = loader.evaluation_batches(parts, batch_size, window, stride, packing)
     result = score(loaded.model, batches)
     if not as_json:

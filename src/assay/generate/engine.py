@@ -5,7 +5,11 @@ the padded prompts, `extend` chooses a token for each row, and `decode` runs up 
 in a `lax.while_loop`, n being traced. Parameters are arguments, and the cache is donated to
 `decode`, which changes it in place.
 
-Axes: B batch, P prompt tokens (padded), S slots of the cache, V vocabulary.
+With an encoder the prompts are what it reads, in the same prefill, and each row's target begins
+with `start_token`; all else is as for a decoder.
+
+Axes: B batch, P prompt tokens (padded), S slots of the cache, R source tokens (padded),
+V vocabulary.
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,6 +28,7 @@ from assay.generate import sampling
 from assay.generate.sampling import PerRow, Rules
 from assay.model.cache import Cache, empty_cache
 from assay.model.transformer import Transformer, abstract, merge_named, named_parameters
+from assay.spec.model import TransformerSpec
 
 Ids = Sequence[int] | np.ndarray
 FinishReason = Literal["stop", "length"]
@@ -97,12 +102,16 @@ def _prefill(
     parameters: list[Array],
     tokens: Int32[Array, "b p"],
     lengths: Int32[Array, "b"],
+    source: Int32[Array, "b r"] | None = None,
+    source_mask: Bool[Array, "b r"] | None = None,
 ) -> tuple[Float32[Array, "b v"], Memory]:
     """Reads prompts padded on the right: the logits that follow each, and what to remember."""
     model = jax.tree.unflatten(structure, parameters)
     batch, padded = tokens.shape
     rows = jnp.arange(batch)
-    x, cache = model.hidden(tokens, cache=empty_cache(model.spec, batch, slots, cache_dtype))
+    cache = empty_cache(model.spec, batch, slots, cache_dtype)
+    read = {} if source is None else {"source": source, "source_mask": source_mask}
+    x, cache = model.hidden(tokens, cache=cache, **read)
     logits = model.logits(x[rows, lengths - 1][:, None])[:, 0]
     valid = jnp.arange(padded)[None, :] < lengths[:, None]
     seen = jnp.zeros((batch, model.spec.vocab_size), bool)
@@ -240,8 +249,8 @@ class Generator:
                 for name, value in named_parameters(model).items()
             }
             model = merge_named(abstract(self.spec, compute.replace(scan_layers=False)), parameters)
-        self.parameters, structure = jax.tree.flatten(model)
-        self.prefill, self.decode = _programs(structure)
+        self.parameters, self.structure = jax.tree.flatten(model)
+        self.prefill, self.decode = _programs(self.structure)
 
     def start(
         self,
@@ -249,10 +258,62 @@ class Generator:
         *,
         max_new_tokens: PerRow[int],
         stop_tokens: Sequence[int] = (),
+        start_token: int | None = None,
+        end_token: int | None = None,
         **settings,
     ) -> "Session":
         """Reads the prompts and takes the first token of each; see `generate`."""
-        return Session(self, prompts, max_new_tokens, stop_tokens, settings)
+        reading = Reading(self, prompts, max_new_tokens, start_token)
+        stops = stop_ids(stop_tokens, end_token, self.spec.vocab_size)
+        return Session(self, reading, stops, settings)
+
+
+class Reading:
+    """Prompts that were checked, padded to a bucket, and are ready to be read.
+
+    prompts: what the decoder begins with, one a row; with an encoder the start token alone.
+    lengths, new: int32 [B], tokens of each prompt, and how many may follow.
+    padded: the bucket. sources: arrays [B, R] of what an encoder reads, and their mask.
+    """
+
+    def __init__(self, generator: Generator, prompts, max_new_tokens, start_token: int | None):
+        spec = self._spec = generator.spec
+        self._generator = generator
+        prompts = _checked_prompts(prompts, spec.vocab_size)
+        self.new = _checked_counts(max_new_tokens, len(prompts))
+        self.sources: tuple[np.ndarray, ...] = ()
+        if spec.encoder is not None:
+            self.sources = _padded_sources(spec, prompts)
+            start = _checked_start(start_token, spec.vocab_size)
+            prompts = [start] * len(prompts)
+        elif start_token is not None:
+            raise AssayError(
+                f"start_token: found {start_token}, but only a model with an encoder begins a "
+                f"target of its own; put the token into the prompt."
+            )
+        self.prompts = prompts
+        self.lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+        learned = spec.embedding.positions.kind == "learned"
+        self.notes = _check_context(self.lengths, self.new, spec.context, learned)
+        # Buckets bound how many programs are compiled. A learned table bounds the prompt's.
+        padded = max(power_of_two(self.lengths.max()), 8 if spec.encoder is None else 1)
+        self.padded = min(padded, spec.context) if learned else padded
+        self.tokens = np.stack([_pad(prompt, self.padded) for prompt in prompts])
+        self.seconds = self.compile_seconds = 0.0
+
+    def prefill(self, slots: int) -> tuple[Array, Memory]:
+        """Reads them into a cache of so many slots: the logits that follow, and the memory."""
+        generator = self._generator
+        inputs = (generator.parameters, *map(jnp.asarray, (self.tokens, self.lengths)))
+        inputs += tuple(map(jnp.asarray, self.sources))
+        start = perf_counter()
+        statics = (slots, generator.cache_dtype)
+        program = generator.prefill.executable(*inputs, statics=statics)
+        self.compile_seconds = perf_counter() - start
+        start = perf_counter()
+        read = jax.block_until_ready(program(*inputs))
+        self.seconds = perf_counter() - start
+        return read
 
 
 class Session:
@@ -261,53 +322,38 @@ class Session:
     When it is made, the prompts have been read and each row has its first token.
     """
 
-    def __init__(self, generator: Generator, prompts, max_new_tokens, stop_tokens, settings):
-        spec = generator.spec
-        prompts = _checked_prompts(prompts, spec.vocab_size)
-        batch = len(prompts)
-        lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-        new = _checked_counts(max_new_tokens, batch)
-        stops = _checked_ids("stop_tokens", stop_tokens, spec.vocab_size)
-        learned = spec.embedding.positions.kind == "learned"
+    def __init__(self, generator: Generator, reading: Reading, stops: np.ndarray, settings):
+        lengths, new, padded = reading.lengths, reading.new, reading.padded
+        batch = len(lengths)
         self.prompt_lengths = lengths
-        self.notes = _check_context(lengths, new, spec.context, learned)
-        # Buckets bound how many programs are compiled. A learned table bounds the prompt's.
-        padded = max(_power_of_two(lengths.max()), 8)
-        padded = min(padded, spec.context) if learned else padded
+        self.notes = reading.notes
         slots = max(padded, int((lengths + new).max()), 64)
-        slots = _power_of_two(slots) if slots <= 256 else -(-slots // 256) * 256
-        stop_bucket = max(_power_of_two(len(stops)), 8)
+        slots = power_of_two(slots) if slots <= 256 else -(-slots // 256) * 256
 
         self._generator = generator
         self._rules = sampling.rules(batch, **settings)
-        self._limits = Limits(
-            jnp.asarray(lengths + new), jnp.asarray(_pad(stops, stop_bucket, fill=-1))
-        )
+        self._limits = Limits(jnp.asarray(lengths + new), jnp.asarray(padded_stops(stops)))
         self._cuts = np.full((batch,), np.iinfo(np.int32).max, np.int32)  # ends set by the caller
         self._told = lengths.copy()  # up to where `take` has given tokens
         self._compile_seconds = self._decode_seconds = 0.0
         self._decode = None
 
-        tokens = np.stack([_pad(prompt, padded) for prompt in prompts])
         progress = Progress(
-            jnp.asarray(np.pad(tokens, ((0, 0), (0, slots - padded)))),
+            jnp.asarray(np.pad(reading.tokens, ((0, 0), (0, slots - padded)))),
             jnp.zeros((batch, slots), jnp.float32),
             jnp.asarray(lengths),
             jnp.zeros((batch,), bool),
             jnp.zeros((batch,), bool),
         )
-        inputs = (generator.parameters, jnp.asarray(tokens), progress.ends)
-        prefill = self._compile(generator.prefill, *inputs, statics=(slots, generator.cache_dtype))
-        start = perf_counter()
-        logits, self._memory = jax.block_until_ready(prefill(*inputs))
-        read_seconds = perf_counter() - start
+        logits, self._memory = reading.prefill(slots)
+        self._compile_seconds = reading.compile_seconds
 
         inputs = (logits, self._memory.seen, progress, self._rules, self._limits)
         extend = self._compile(_extend_program, *inputs)
         start = perf_counter()
         seen, self._progress = extend(*inputs)
         self._fetch()
-        self._first_seconds = read_seconds + perf_counter() - start
+        self._first_seconds = reading.seconds + perf_counter() - start
         self._memory = replace(self._memory, seen=seen)
         self._check_finite()
 
@@ -414,10 +460,15 @@ def generate(
     min_p: PerRow[float | None] = None,
     repetition_penalty: PerRow[float] = 1.0,
     stop_tokens: Sequence[int] = (),
+    start_token: int | None = None,
+    end_token: int | None = None,
     seed: PerRow[int] = 0,
     cache_dtype: str | None = None,
 ) -> Result:
     """Continues one prompt of ids, or a batch of prompts of any lengths.
+
+    With an encoder, each prompt is a source, and what is generated its target: it begins behind
+    `start_token`, which must be given. `end_token` is a stop token like the others.
 
     Settings are one value, or a list of one a prompt; one `seed` gives row i `seed + i`. A row's
     ids depend only on its own prompt, settings and seed. Use a `Generator` in place of the model
@@ -428,10 +479,12 @@ def generate(
             of its range, if prompt and new tokens do not fit into learned positions, or if the
             model's logits are not finite.
     """
-    session = _generator(model, cache_dtype).start(
+    session = ready(model, cache_dtype).start(
         prompts,
         max_new_tokens=max_new_tokens,
         stop_tokens=stop_tokens,
+        start_token=start_token,
+        end_token=end_token,
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
@@ -456,7 +509,7 @@ def stream(
 
     `Generator.start` gives the session itself, and with it the result.
     """
-    session = _generator(model, cache_dtype).start(prompts, **settings)
+    session = ready(model, cache_dtype).start(prompts, **settings)
     yield session.take()
     while not session.done:
         session.advance(chunk)
@@ -466,12 +519,57 @@ def stream(
 # ---------------------------------------------------------------------------- checks
 
 
-def _generator(model: Transformer | Generator, cache_dtype: str | None) -> Generator:
+def ready(model: Transformer | Generator, cache_dtype: str | None = None) -> Generator:
+    """A generator, of the model where it is none yet."""
     return model if isinstance(model, Generator) else Generator(model, cache_dtype=cache_dtype)
 
 
-def _power_of_two(least: int) -> int:
+def power_of_two(least: int) -> int:
     return 1 << max(int(least) - 1, 0).bit_length()
+
+
+def stop_ids(
+    stop_tokens: Sequence[int], end_token: int | None, vocab_size: int
+) -> Int32[np.ndarray, "n"]:
+    """All tokens that end a row.
+
+    Raises:
+        AssayError: if one is outside the vocabulary.
+    """
+    stops = _checked_ids("stop_tokens", stop_tokens, vocab_size)
+    if end_token is None:
+        return stops
+    end = _checked_ids("end_token", [end_token], vocab_size)
+    return np.unique(np.concatenate([stops, end])).astype(np.int32)
+
+
+def padded_stops(stops: np.ndarray) -> np.ndarray:
+    """The stop tokens and so many -1, which is no token, that few programs are compiled."""
+    return _pad(stops, max(power_of_two(len(stops)), 8), fill=-1)
+
+
+def _checked_start(start_token: int | None, vocab_size: int) -> np.ndarray:
+    if start_token is None:
+        raise AssayError(
+            "start_token: the model has an encoder, so its target begins with a token of its own; "
+            "name it."
+        )
+    return _checked_ids("start_token", [start_token], vocab_size)
+
+
+def _padded_sources(spec: TransformerSpec, sources: list[np.ndarray]) -> tuple[np.ndarray, ...]:
+    """Sources padded to a bucket, and where they are real."""
+    longest = max(map(len, sources))
+    learned = (spec.source_embedding or spec.embedding).positions.kind == "learned"
+    if learned and longest > spec.context:
+        raise AssayError(
+            f"prompt: found a source of {longest} tokens, but the model's learned positions end "
+            f"at {spec.context}; shorten it."
+        )
+    padded = max(power_of_two(longest), 8)
+    padded = min(padded, spec.context) if learned else padded
+    mask = np.arange(padded) < np.array([len(source) for source in sources])[:, None]
+    return np.stack([_pad(source, padded) for source in sources]), mask
 
 
 def _pad(ids: np.ndarray, length: int, fill: int = 0) -> np.ndarray:

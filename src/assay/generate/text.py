@@ -11,8 +11,10 @@ import numpy as np
 
 from assay.data.tokenizers import StreamDecoder, Tokenizer
 from assay.errors import AssayError
-from assay.generate.engine import FinishReason, Generator, Session, Timing
+from assay.generate.beams import beam_search
+from assay.generate.engine import FinishReason, Generator, Session, Timing, ready
 from assay.model.transformer import Transformer
+from assay.spec.model import TransformerSpec
 
 CHUNK = 16
 """Decode steps between two looks at the text, where nobody reads along."""
@@ -20,7 +22,7 @@ CHUNK = 16
 
 @dataclass(frozen=True)
 class Completion:
-    """One prompt's continuation.
+    """One prompt's continuation, or with an encoder its target.
 
     `text` ends before the stop string; `ids` are all that were generated, those that spell the
     stop string too, but no stop token. `timing` is of the whole batch.
@@ -33,6 +35,7 @@ class Completion:
     logprobs: list[float]
     notes: tuple[str, ...]
     timing: Timing
+    score: float | None = None  # of the best beam, where there are several
 
 
 Prompt = str | Sequence[int] | np.ndarray
@@ -50,7 +53,9 @@ def complete(
 ) -> Completion:
     """Continues a text. It goes in as it is, and ends before the document's end.
 
-    `stop` are strings before which the text ends; `settings` are those of `engine.generate`.
+    With an encoder the text is the source, and its target is made; `start_token` is then the id
+    that it begins with, if not the tokenizer's own. `stop` are strings before which the text
+    ends; `settings` are those of `engine.generate`.
 
     Raises:
         AssayError: as `engine.generate`, or if the prompt is empty and the tokenizer has no id
@@ -82,6 +87,60 @@ def complete_batch(
         _completion(session, row, len(prompt), writer)
         for row, (prompt, writer) in enumerate(zip(ids, writers, strict=True))
     ]
+
+
+def complete_by_beams(
+    model: Transformer | Generator,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Prompt],
+    *,
+    beams: int,
+    length_penalty: float = 1.0,
+    max_new_tokens: int | Sequence[int],
+    stop: str | Sequence[str] = (),
+    stop_tokens: Sequence[int] = (),
+    start_token: int | None = None,
+) -> list[list[Completion]]:
+    """The likeliest continuations (or targets) of each prompt by beam search, the best first.
+
+    `length_penalty` is explained in `beams.py`. `stop` strings cut the texts when they are there.
+
+    Raises:
+        AssayError: as `beams.beam_search`.
+    """
+    model = ready(model)
+    ids, begin = _encode(model.spec, tokenizer, prompts, start_token)
+    found = beam_search(
+        model,
+        ids,
+        beams=beams,
+        length_penalty=length_penalty,
+        max_new_tokens=max_new_tokens,
+        stop_tokens=[*stop_tokens, *_ends(model.spec, tokenizer)],
+        **begin,
+    )
+    rows = []
+    for prompt, row in zip(ids, found.rows, strict=True):
+        rows.append([])
+        for beam in row:
+            writer = _Writer(tokenizer, stop)
+            for token in beam.ids:
+                writer.feed(token)
+            writer.close()
+            reason = "stop" if writer.stopped else beam.finish_reason
+            rows[-1].append(
+                Completion(
+                    writer.written,
+                    beam.ids,
+                    len(prompt),
+                    reason,
+                    [],
+                    found.notes,
+                    found.timing,
+                    beam.score,
+                )
+            )
+    return rows
 
 
 def stream_text(
@@ -170,7 +229,10 @@ class _Writer:
         return 0
 
 
-def _start(model, tokenizer, prompts, max_new_tokens, settings) -> tuple[Session, list]:
+def _encode(
+    spec: TransformerSpec, tokenizer: Tokenizer, prompts: Sequence[Prompt], start_token: int | None
+) -> tuple[list[np.ndarray], dict[str, int]]:
+    """The prompts' ids, and how a target begins where there is an encoder."""
     start_id = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
     ids = []
     for prompt in prompts:
@@ -178,6 +240,8 @@ def _start(model, tokenizer, prompts, max_new_tokens, settings) -> tuple[Session
             tokens = tokenizer.encode(prompt) if prompt else np.zeros((0,), np.int32)
         else:
             tokens = np.asarray(prompt, np.int32)
+        if spec.encoder is not None and tokenizer.eos_id is not None and isinstance(prompt, str):
+            tokens = np.append(tokens, tokenizer.eos_id)  # as sources end in training
         if not len(tokens):
             if start_id is None:
                 raise AssayError(
@@ -186,12 +250,30 @@ def _start(model, tokenizer, prompts, max_new_tokens, settings) -> tuple[Session
                 )
             tokens = np.array([start_id], np.int32)
         ids.append(tokens)
+    if spec.encoder is None:
+        return ids, {}
+    start_token = start_id if start_token is None else start_token
+    if start_token is None:
+        raise AssayError(
+            "start_token: the tokenizer has no id that starts a text, and a target begins with "
+            "one; name it."
+        )
+    return ids, {"start_token": start_token}
+
+
+def _ends(spec: TransformerSpec, tokenizer: Tokenizer) -> list[int]:
+    """The id that ends a document, where the model knows it."""
+    known = tokenizer.eos_id is not None and tokenizer.eos_id < spec.vocab_size
+    return [tokenizer.eos_id] if known else []
+
+
+def _start(model, tokenizer, prompts, max_new_tokens, settings) -> tuple[Session, list]:
     cache_dtype = settings.pop("cache_dtype", None)
     if not isinstance(model, Generator):
         model = Generator(model, cache_dtype=cache_dtype)
-    stops = [*settings.pop("stop_tokens", ())]
-    if tokenizer.eos_id is not None and tokenizer.eos_id < model.spec.vocab_size:
-        stops.append(tokenizer.eos_id)
+    ids, begin = _encode(model.spec, tokenizer, prompts, settings.pop("start_token", None))
+    stops = [*settings.pop("stop_tokens", ()), *_ends(model.spec, tokenizer)]
+    settings |= begin
     return model.start(ids, max_new_tokens=max_new_tokens, stop_tokens=stops, **settings), ids
 
 

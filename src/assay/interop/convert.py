@@ -102,6 +102,15 @@ class Source:
     def __post_init__(self):
         check_tokenizer(self.path, self.tokenizer, self.spec)
 
+    @property
+    def start_token(self) -> int | None:
+        """The id that a target begins with, where the source names one."""
+        generation = json.loads(self.files.get("generation_config.json", b"{}"))
+        for config in (generation, self.config):
+            if isinstance(found := config.get("decoder_start_token_id"), int):
+                return found
+        return None
+
     def entries(self, form: Form, spec: TransformerSpec, family: str | None, dtype: str | None):
         """The tensors of a destination of this form, to be read from here one by one."""
         if form == "assay":
