@@ -20,6 +20,7 @@ SHOWS = {
         r"NoisyTopKRouter\s.*?(?P<bpb>[\d.]+) bits per byte",
         r"at temperature 0.8: ['\"]",
     ],
+    "seq2seq_pairs": [r"(?P<bpb>[\d.]+) bits per byte", r"never seen: (?P<percent>[\d.]+)%"],
     "quickstart": [r"(?P<bpb>[\d.]+) bits per byte", "The for statement"],
     "custom_architecture": [r"\[32, 16, 16, None", r"(?P<bpb>[\d.]+) bits per byte"],
     "blend": ["75% of the tokens", r"(?P<bpb>[\d.]+) bits per byte"],
