@@ -1,6 +1,7 @@
 """The pictures of a run, from `metrics.jsonl` alone: loss against tokens, and experts' loads."""
 
 import json
+import math
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
@@ -69,7 +70,9 @@ def plot_experts(out: Path, *, title: str) -> Path | None:
     """Draws how the load of each layer's experts changed over training, into `experts.png`.
 
     A column is a logged step's histogram: an expert's share of the layer's choices, 1 where all
-    are loaded alike. Returns the picture's path; None where the model has no experts.
+    are loaded alike. Over it two lines, shares of the height: the router's entropy (solid; the
+    top is log E, all experts alike) and the dropped choices (dotted; the top is all of them).
+    Returns the picture's path; None where the model has no experts.
     """
     from matplotlib.figure import Figure
 
@@ -100,9 +103,16 @@ def plot_experts(out: Path, *, title: str) -> Path | None:
             vmax=2,
             extent=(steps[0] - 0.5, steps[-1] + 0.5, -0.5, experts - 0.5),
         )
-        dropped = records[-1]["dropped_share"][layer]
-        axes.set_title(f"layer of experts {layer}, {dropped:.1%} dropped", fontsize=8)
-    figure.supxlabel("step", fontsize=9)
+        entropy, dropped = (
+            [r[of][layer] for r in records] for of in ("router_entropy", "dropped_share")
+        )
+        about = f"layer of experts {layer}: entropy {entropy[-1]:.2f}, {dropped[-1]:.1%} dropped"
+        axes.set_title(about, fontsize=7)
+        # Both as shares of the height: of log E, and of all choices.
+        height = experts - 1
+        for shares, style in (([e / math.log(experts) for e in entropy], "-"), (dropped, ":")):
+            axes.plot(steps, [share * height for share in shares], style, color="black", lw=0.8)
+    figure.supxlabel("step; solid: entropy of log E, dotted: dropped share", fontsize=8)
     figure.supylabel("expert", fontsize=9)
     figure.colorbar(image, ax=grid, label="load over the mean", extend="max")
     figure.suptitle(title, fontsize=10)
