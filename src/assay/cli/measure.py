@@ -43,29 +43,40 @@ def demo(
 
 @app.command()
 def bench(
-    what: Annotated[str, typer.Argument(help="train or moe.")],
+    what: Annotated[str, typer.Argument(help="train, moe or decode.")],
     model: Annotated[str, typer.Argument(help="A preset.")],
     against: Annotated[str | None, typer.Option(help="torch: time PyTorch in turn.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32 or bfloat16; decode: int8 too.")
+    ] = None,
     batch_size: Annotated[int | None, typer.Option(min=1)] = None,
     seq_len: Annotated[int | None, typer.Option(min=1)] = None,
+    prompt_tokens: Annotated[int, typer.Option(help="decode: tokens read.", min=1)] = 512,
+    new_tokens: Annotated[int, typer.Option(help="decode: tokens written.", min=2)] = 64,
     rounds: Annotated[int, typer.Option(help="Turns each.", min=1)] = 5,
     settings: Settings = None,
     as_json: Json = False,
 ) -> None:
-    """Speed of a training step, against PyTorch's in the same run, turn by turn.
+    """Speed of training or decoding, against PyTorch's in the same run, turn by turn.
 
     `moe` compares a model of experts with the dense one of equal active size, and with every
     expert on every token.
 
     Example: assay bench train tiny-gpt --against torch
+
+    Example: assay bench decode smollm-135m --against torch --dtype bfloat16
     """
     from assay.errors import did_you_mean
     from assay.spec import presets
 
     benches = {"train": _bench_train, "moe": _bench_moe}
+    if what == "decode":
+        run = presets.get(model).run.changed(changes_of(settings))
+        sizes = (batch_size or 1, prompt_tokens, new_tokens)
+        _bench_decode(model, run, dtype or "float32", sizes, against, rounds, as_json)
+        return
     if what not in benches:
-        raise AssayError(f"bench {what}: {did_you_mean(what, benches)}")
+        raise AssayError(f"bench {what}: {did_you_mean(what, [*benches, 'decode'])}")
     flags = {
         "compute.dtype": dtype,
         "data.batch_size": batch_size,
@@ -136,6 +147,91 @@ def _bench_moe(model: str, run: "RunSpec", against: str | None, rounds: int, as_
         _print_spreads(title, rows)
         times = 1 / result.ratios["dense"].median
         out().print(f"a step costs {times:.2f} times the dense model's (median)")
+    emit(data, as_json)
+
+
+def _bench_decode(
+    model: str,
+    run: "RunSpec",
+    dtype: str,
+    sizes: tuple[int, int, int],
+    against: str | None,
+    rounds: int,
+    as_json: bool,
+) -> None:
+    from assay.bench.decode import Side, bench_decode
+
+    batch_size, prompt_tokens, new_tokens = sizes
+    result = bench_decode(
+        run.model,
+        dtype=dtype,
+        against=against,
+        batch_size=batch_size,
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        rounds=rounds,
+    )
+    ours, theirs, limit = result.ours, result.theirs, result.limit
+
+    def side(of: Side | None) -> dict | None:
+        return of and {
+            "tokens_per_second": asdict(of.decode),
+            "prefill_tokens_per_second": asdict(of.prefill),
+            "time_to_first_token": asdict(of.time_to_first_token),
+        }
+
+    data = {
+        "model": model,
+        "dtype": dtype,
+        "batch_size": batch_size,
+        "prompt_tokens": prompt_tokens,
+        "new_tokens": new_tokens,
+        "ours": side(ours),
+        "theirs": side(theirs),
+        "ratio": result.ratio and asdict(result.ratio),
+        "prefill_ratio": result.prefill_ratio and asdict(result.prefill_ratio),
+        "read_bandwidth": result.read_bandwidth,
+        "bytes_read": result.bytes_read,
+        "weight_bytes": result.weight_bytes,
+        "limit": limit,
+        "share_of_limit": limit and ours.decode.median / limit,
+        "same_tokens": result.same_tokens,
+        "their_cache": result.their_cache,
+        "compile_seconds": result.compile_seconds,
+        "threads": result.threads,
+        "versions": result.versions,
+    }
+    if not as_json:
+        rows = {"decode, ours, tokens/s": (ours.decode, ",.1f")}
+        if theirs:
+            rows["decode, transformers"] = (theirs.decode, ",.1f")
+            rows["ours / transformers"] = (result.ratio, ".2f")
+        rows["prefill, ours, tokens/s"] = (ours.prefill, ",.0f")
+        if theirs:
+            rows["prefill, transformers"] = (theirs.prefill, ",.0f")
+            rows["ours / transformers "] = (result.prefill_ratio, ".2f")
+        rows["first token, ours, s"] = (ours.time_to_first_token, ".3f")
+        if theirs:
+            rows["first token, transformers"] = (theirs.time_to_first_token, ".3f")
+        title = f"{model}, {dtype}, batch {batch_size}, {prompt_tokens} + {new_tokens} tokens"
+        _print_spreads(title, rows)
+        gigabytes = f"memory is read at {result.read_bandwidth / 1e9:.1f} GB/s"
+        if limit is not None:
+            out().print(
+                f"{gigabytes}, a step reads {result.bytes_read / 1e6:,.0f} MB of weights: "
+                f"at most {limit:,.1f} tokens/s, of which {ours.decode.median / limit:.0%} "
+                "are reached"
+            )
+        else:
+            out().print(f"{gigabytes}; how many experts a step reads depends on the text")
+        if theirs:
+            precision = ", in bfloat16" if dtype == "int8" else ""
+            out().print(
+                f"transformers with its {result.their_cache} cache{precision}; "
+                f"{result.same_tokens:.0%} of the ids are the same"
+            )
+        versions = ", ".join(f"{k} {v}" for k, v in result.versions.items())
+        out().print(f"{versions}, {result.threads} threads")
     emit(data, as_json)
 
 

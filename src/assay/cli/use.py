@@ -9,7 +9,6 @@ from rich.markup import escape
 from rich.table import Table
 
 from assay.cli.application import (
-    Dtype,
     Json,
     Model,
     Quiet,
@@ -21,6 +20,10 @@ from assay.cli.application import (
     out,
 )
 from assay.errors import AssayError
+
+WeightsDtype = Annotated[
+    str, typer.Option(help="float32, bfloat16, or int8: a byte a weight, sums in float32.")
+]
 
 
 @app.command()
@@ -47,7 +50,7 @@ def generate(
         float, typer.Option(help="Of beams: log P / length^PENALTY. More favours longer ones.")
     ] = 1.0,
     seed: Seed = 0,
-    dtype: Dtype = "float32",
+    dtype: WeightsDtype = "float32",
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -55,10 +58,11 @@ def generate(
 
     Example: assay generate runs/first --prompt "The for statement" --temperature 0.7
     """
+    from assay.generate.engine import Generator
     from assay.generate.text import complete_by_beams, stream_text
     from assay.loading import load
 
-    loaded = load(model, dtype)
+    loaded = load(model, "float32" if dtype == "int8" else dtype)
     if loaded.tokenizer is None:
         raise AssayError(f"{model}: it has no tokenizer, so there is no text to make; train it.")
     if loaded.step is None and loaded.run is not None and not quiet:
@@ -76,9 +80,10 @@ def generate(
         stop_tokens = templates.end_of_turn_ids(loaded.tokenizer)
     reads = loaded.model.spec.encoder is not None
     begins = {"start_token": loaded.start_token} if reads else {}
+    generator = Generator(loaded.model, weights=dtype)
     if beams is not None:
         (found,) = complete_by_beams(
-            loaded.model,
+            generator,
             loaded.tokenizer,
             [text],
             beams=beams,
@@ -104,7 +109,7 @@ def generate(
         )
         return
     stream = stream_text(
-        loaded.model,
+        generator,
         loaded.tokenizer,
         text,
         max_new_tokens=max_new_tokens,
@@ -155,7 +160,7 @@ def evaluate(
     stride: Annotated[
         int | None, typer.Option(help="Less than a window: each token sees more before it.")
     ] = None,
-    dtype: Dtype = "float32",
+    dtype: WeightsDtype = "float32",
     as_json: Json = False,
 ) -> None:
     """Loss, perplexity and bits per byte over the whole held-out part of a corpus.
@@ -167,8 +172,9 @@ def evaluate(
     from assay.data.pairs import open_pairs
     from assay.evaluate.perplexity import evaluate as score
     from assay.loading import load
+    from assay.model.decoding import prepare
 
-    loaded = load(model, dtype)
+    loaded = load(model, "float32" if dtype == "int8" else dtype)
     if loaded.tokenizer is None:
         raise AssayError(f"{model}: it has no tokenizer, so no text can be scored by it.")
     if data is None and loaded.step is None:
@@ -202,7 +208,8 @@ def evaluate(
             raise AssayError(f"--split: found '{split}'; legal are held-out, train, all.")
     packing = "pairs" if paired else run.data.packing if run is not None else "stream"
     batches = loader.evaluation_batches(parts, batch_size, window, stride, packing)
-    result = score(loaded.model, batches)
+    scored = prepare(loaded.model, "int8") if dtype == "int8" else loaded.model
+    result = score(scored, batches)
     if not as_json:
         table = Table(box=None, show_header=False)
         table.add_column(style="bold")

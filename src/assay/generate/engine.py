@@ -27,12 +27,15 @@ from assay.errors import AssayError, did_you_mean
 from assay.generate import sampling
 from assay.generate.sampling import PerRow, Rules
 from assay.model.cache import Cache, empty_cache
-from assay.model.transformer import Transformer, abstract, merge_named, named_parameters
+from assay.model.decoding import bytes_read, prepare, weight_bytes
+from assay.model.transformer import Transformer
 from assay.spec.model import TransformerSpec
 
 Ids = Sequence[int] | np.ndarray
 FinishReason = Literal["stop", "length"]
 CACHE_DTYPES = ("float32", "bfloat16")
+FIRST_SLOTS = 1024
+"""Slots of a cache to begin with, where prompts are no longer; it doubles when it is full."""
 
 # ---------------------------------------------------------------------------- on the device
 
@@ -81,12 +84,12 @@ def _extend(
     """Each live row takes one more token, or ends."""
     ends, live = progress.ends, ~progress.done
     token = sampling.choose(logits, seen, rules, ends)
-    chosen = jnp.arange(logits.shape[1])[None, :] == token[:, None]
-    logprob = jnp.sum(jnp.where(chosen, logits, 0), axis=-1) - jax.nn.logsumexp(logits, axis=-1)
+    rows = jnp.arange(token.shape[0])
+    logprob = logits[rows, token] - jax.nn.logsumexp(logits, axis=-1)
     stop = live & jnp.any(token[:, None] == limits.stop_tokens[None, :], axis=-1)
     grows = live & ~stop
     here = (jnp.arange(progress.tokens.shape[1])[None, :] == ends[:, None]) & grows[:, None]
-    return seen | chosen, Progress(
+    return seen.at[rows, token].set(True), Progress(
         jnp.where(here, token[:, None], progress.tokens),
         jnp.where(here, logprob[:, None], progress.logprobs),
         ends + grows,
@@ -226,15 +229,23 @@ class Result:
 
 
 class Generator:
-    """A model made ready to generate: its layers unstacked, its matrices in the compute dtype.
+    """A model made ready to generate, once: `model/decoding.py` says how its weights are kept.
 
-    Dropout is off. `cache_dtype` None is the model's compute dtype.
+    Dropout is off. `weights` None is the model's compute dtype; "int8" keeps them in a byte each.
+    `cache_dtype` None is the model's compute dtype. `weight_bytes` is what its parameters take,
+    beside the model that it was made from; `bytes_read` what a step reads of them.
 
     Raises:
         AssayError: if the model is not causal.
     """
 
-    def __init__(self, model: Transformer, *, cache_dtype: str | None = None):
+    def __init__(
+        self,
+        model: Transformer,
+        *,
+        weights: str | None = None,
+        cache_dtype: str | None = None,
+    ):
         self.spec, compute = model.spec, model.compute
         if not self.spec.decoder.causal:
             raise AssayError("decoder.causal: found false; only a causal model generates text.")
@@ -242,13 +253,11 @@ class Generator:
         if self.cache_dtype not in CACHE_DTYPES:
             known = did_you_mean(str(cache_dtype), CACHE_DTYPES)
             raise AssayError(f"cache_dtype: found {cache_dtype!r}; {known}")
-        if compute.scan_layers or compute.dtype != "float32":
-            # `product` rounds its weight in any case: rounded here, it is done once.
-            parameters = {
-                name: value.astype(compute.dtype) if name.endswith(".w") else value
-                for name, value in named_parameters(model).items()
-            }
-            model = merge_named(abstract(self.spec, compute.replace(scan_layers=False)), parameters)
+        if weights not in (None, compute.dtype, "int8"):
+            known = did_you_mean(str(weights), (compute.dtype, "int8"))
+            raise AssayError(f"weights: found {weights!r} in a {compute.dtype} model; {known}")
+        model = prepare(model, weights)
+        self.weight_bytes, self.bytes_read = weight_bytes(model), bytes_read(model)
         self.parameters, self.structure = jax.tree.flatten(model)
         self.prefill, self.decode = _programs(self.structure)
 
@@ -327,8 +336,10 @@ class Session:
         batch = len(lengths)
         self.prompt_lengths = lengths
         self.notes = reading.notes
-        slots = max(padded, int((lengths + new).max()), 64)
-        slots = power_of_two(slots) if slots <= 256 else -(-slots // 256) * 256
+        longest = int((lengths + new).max())
+        # Every slot is read for every token: the cache begins short, and grows where it must.
+        self._room = slots = _slots(max(padded, min(longest, FIRST_SLOTS), 64))
+        longest = max(slots, _slots(longest))
 
         self._generator = generator
         self._rules = sampling.rules(batch, **settings)
@@ -339,8 +350,8 @@ class Session:
         self._decode = None
 
         progress = Progress(
-            jnp.asarray(np.pad(reading.tokens, ((0, 0), (0, slots - padded)))),
-            jnp.zeros((batch, slots), jnp.float32),
+            jnp.asarray(np.pad(reading.tokens, ((0, 0), (0, longest - padded)))),
+            jnp.zeros((batch, longest), jnp.float32),
             jnp.asarray(lengths),
             jnp.zeros((batch,), bool),
             jnp.zeros((batch,), bool),
@@ -368,16 +379,31 @@ class Session:
 
     def advance(self, steps: int) -> None:
         """Up to `steps` more tokens in each row that has not ended."""
-        if self.done:
-            return
-        halted = jnp.asarray(self._done)
+        while steps > 0 and not self.done:
+            needed = int(self._ends[~self._done].max())  # slots, for one more step
+            if needed > self._room:
+                self._grow(needed)
+            chunk = min(steps, self._room - needed + 1)
+            self._run(chunk)
+            steps -= chunk
+
+    def _grow(self, needed: int) -> None:
+        """A cache of twice the slots, as far as they can be used; other programs go with it."""
+        most = self._progress.tokens.shape[1]
+        self._room = max(_slots(needed), min(2 * self._room, most))
+        cache = self._memory.cache
+        if cache.capacity is not None:
+            self._memory = replace(self._memory, cache=cache.grown(self._room))
+        self._decode = None
+
+    def _run(self, steps: int) -> None:
         arguments = (
             self._generator.parameters,
             self._memory,
             self._progress,
             self._rules,
             self._limits,
-            halted,
+            jnp.asarray(self._done),
             jnp.int32(steps),
         )
         if self._decode is None:
@@ -522,6 +548,10 @@ def stream(
 def ready(model: Transformer | Generator, cache_dtype: str | None = None) -> Generator:
     """A generator, of the model where it is none yet."""
     return model if isinstance(model, Generator) else Generator(model, cache_dtype=cache_dtype)
+
+
+def _slots(least: int) -> int:
+    return power_of_two(least) if least <= 256 else -(-least // 256) * 256
 
 
 def power_of_two(least: int) -> int:

@@ -140,8 +140,12 @@ def attend(
     if cpu and softcap is None and (key is None or dropout_rate == 0.0) and t > 1:
         k, v = (jnp.repeat(x, groups, axis=2) if groups > 1 else x for x in (k, v))
         return _cpu_attend(q, k, v, bias, scale)
+    lying = cpu and t == 1
     q = q.reshape(b, t, h // groups, groups, c)
-    scores = jnp.einsum("btkgc,bskc->bkgts", q, k, preferred_element_type=jnp.float32) * scale
+    if lying:
+        scores = _scores_as_keys_lie(q, k) * scale
+    else:
+        scores = jnp.einsum("btkgc,bskc->bkgts", q, k, preferred_element_type=jnp.float32) * scale
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
     if bias.shape[1] == 1:
@@ -149,7 +153,37 @@ def attend(
     else:
         scores = scores + bias.reshape((-1, h // groups, groups, *bias.shape[-2:]))
     weights = dropout(jax.nn.softmax(scores, axis=-1), dropout_rate, key).astype(q.dtype)
+    if lying:
+        return _sums_as_values_lie(weights, v).reshape(b, t, h, c)
     return jnp.einsum("bkgts,bskc->btkgc", weights, v).reshape(b, t, h, c)
+
+
+def _scores_as_keys_lie(
+    q: Float[Array, "b 1 k g c"], k: Float[Array, "b s k c"]
+) -> Float32[Array, "b k g 1 s"]:
+    """The scores of one query a row, with no copy of the keys.
+
+    XLA's CPU backend turns (B, S, K, C) to (B, K, S, C) before a product for each head, at every
+    token. With the queries on the diagonal of a matrix (K C, K G) it is one product of the keys
+    as they lie: K times the arithmetic, which is little for one query, and no copy.
+    """
+    b, s, heads, c = k.shape
+    diagonal = jnp.eye(heads, dtype=q.dtype)
+    wide = jnp.einsum("bkgc,kj->bkgjc", q[:, 0], diagonal).reshape(b, -1, heads * c)
+    scores = jnp.einsum(
+        "bhn,bsn->bhs", wide, k.reshape(b, s, -1), preferred_element_type=jnp.float32
+    )
+    return scores.reshape(b, heads, -1, 1, s)
+
+
+def _sums_as_values_lie(
+    weights: Float[Array, "b k g 1 s"], v: Float[Array, "b s k c"]
+) -> Float[Array, "b 1 k g c"]:
+    """Every head's sum of every kv head's values, of which each head's own are taken."""
+    b, s, heads, c = v.shape
+    sums = jnp.einsum("bhs,bsn->bhn", weights.reshape(b, -1, s), v.reshape(b, s, -1))
+    sums = sums.reshape(b, heads, -1, heads, c)
+    return jnp.einsum("bkgkc->bkgc", sums)[:, None]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -250,6 +284,8 @@ class Attention(nnx.Module):
         self.q = Linear(keys[0], d_model, wide, axes=("embed", "heads"), **queries)
         self.k = Linear(keys[1], d_model, narrow, axes=("embed", "kv_heads"), **qkv)
         self.v = Linear(keys[2], d_model, narrow, axes=("embed", "kv_heads"), **qkv)
+        # The three as one, in a model made ready to decode (`decoding.py`).
+        self.qkv = nnx.data(None)
         self.o = Linear(
             keys[3],
             wide,
@@ -284,8 +320,8 @@ class Attention(nnx.Module):
         key: Key[Array, ""] | None = None,
     ) -> tuple[Float[Array, "b t d"], LayerCache | None]:
         """The output, and the cache with these tokens in it where one was given."""
-        spec, q = self.spec, self.queries(x)
-        k, v = self.keys_values(x)
+        spec = self.spec
+        q, k, v = self._queries_keys_values(x)
         if self.value_embedding is not None:
             v = self.value_embedding(v, x, geometry.tokens)
         if spec.positions.kind == "rope":
@@ -372,4 +408,15 @@ class Attention(nnx.Module):
             dropout_rate=self.spec.dropout,
             key=key,
             cpu=self.cpu,
+        )
+
+    def _queries_keys_values(self, x: Float[Array, "b t d"]) -> tuple[Array, Array, Array]:
+        if self.qkv is None:
+            return self.queries(x), *self.keys_values(x)
+        wide, narrow = self.spec.heads * self.width, self.spec.num_kv_heads * self.width
+        q, k, v = jnp.split(self.qkv(x), (wide, wide + narrow), axis=-1)
+        return (
+            self._heads(q, "heads", self.q_norm),
+            self._heads(k, "kv_heads", self.k_norm),
+            self._heads(v, "kv_heads", None),
         )

@@ -62,6 +62,18 @@ class Cache:
         """Slots a row; None where no layer keeps any."""
         return next((layer.keys.shape[1] for layer in self.layers if layer), None)
 
+    def grown(self, capacity: int) -> "Cache":
+        """A copy with room for so many tokens a row."""
+
+        def more(x: Float[Array, "b s k c"]) -> Float[Array, "b s2 k c"]:
+            return jnp.pad(x, ((0, 0), (0, capacity - x.shape[1]), (0, 0), (0, 0)))
+
+        layers = tuple(
+            layer and LayerCache(more(layer.keys), more(layer.values), layer.lengths)
+            for layer in self.layers
+        )
+        return replace(self, layers=layers)
+
     def with_lengths(self, lengths: Int32[Array, "b"]) -> "Cache":
         """The same slots, of which others are valid: prompts of different lengths, padded."""
         layers = tuple(

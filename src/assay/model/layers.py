@@ -228,6 +228,9 @@ class Mlp(nnx.Module):
             if spec.gated
             else None
         )
+        self.gate_up = nnx.data(
+            None
+        )  # both as one, in a model made ready to decode (`decoding.py`)
         self.down = Linear(
             keys[0],
             widths[-1],
@@ -239,6 +242,9 @@ class Mlp(nnx.Module):
         )
 
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+        if self.gate_up is not None:
+            gate, up = jnp.split(self.gate_up(x), 2, axis=-1)
+            return self.down(activate(gate, self.activation, cpu=self.cpu) * up)
         if self.gate is not None:
             gate = activate(self.gate(x), self.activation, cpu=self.cpu)
             return self.down(gate * self.up[0](x))

@@ -183,13 +183,16 @@ class Head(nnx.Module):
         init = spec.init.head_init()
         self.w = None if tied else parameter(key, shape, ("embed", "vocab"), init)
         self.b = constant_parameter((spec.padded_vocab,), ("vocab",), 0.0) if bias else None
+        self.projection = nnx.data(None)  # in a model made ready to decode (`decoding.py`)
 
     def __call__(
         self, x: Float[Array, "b t d"], table: Float32[Array, "v d"]
     ) -> Float32[Array, "b t v"]:
         if self.scale != 1.0:
             x = x * self.scale
-        if self.w is None:
+        if self.projection is not None:
+            logits = self.projection(x)
+        elif self.w is None:
             logits = product(x, table, transposed=True, cpu=self.cpu)
         else:
             logits = product(x, self.w[...], cpu=self.cpu)

@@ -1,0 +1,162 @@
+"""A model made ready to decode: each weight as the device reads it fastest, one token a row.
+
+A step of decoding reads every weight once and does little with it, so it is as fast as memory.
+On a CPU (docs/performance.md has the figures):
+
+- the layers of one input (q, k, v; gate, up) are one product;
+- float32 weights lie as (K, N): XLA reads them at the speed of memory for one row;
+- bfloat16 weights lie as (N, K), and one row is padded to two: alone it takes a slow loop;
+- int8 weights lie as (N, K), with a factor for each output. The rows are quantised too, each by
+  its largest entry: XLA has a fast product of int8 with int8 and none of int8 with floats.
+
+A tied head gets a copy of the embedding in its own form. Experts and routers stay as they are.
+
+Axes: B batch, T tokens, R rows, K fan-in, N fan-out.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Float32, Int8, Int32
+
+from assay.model.attention import Attention
+from assay.model.layers import Linear, Mlp, along_last, use_cpu_kernels
+from assay.model.transformer import Head, Transformer, abstract, merge_named, named_parameters
+
+Weights = Literal["float32", "bfloat16", "int8"]
+WEIGHTS = ("float32", "bfloat16", "int8")
+
+
+def quantise(
+    x: Float[Array, "r k"],
+) -> tuple[Int8[Array, "r k"], Float32[Array, "r"]]:
+    """Symmetric int8 of each row, and the factors that give it back: x ~ q * factor.
+
+    The largest entry of a row becomes 127; a row of zeros stays one.
+    """
+    x = x.astype(jnp.float32)
+    largest = jnp.max(jnp.abs(x), axis=-1)
+    factor = jnp.where(largest > 0, largest, 1.0) / 127.0
+    return jnp.round(x / factor[:, None]).astype(jnp.int8), factor
+
+
+class Projection(nnx.Module):
+    """Linear layers of one input as one product, (..., K) -> (..., N), in the input's dtype."""
+
+    def __init__(
+        self,
+        matrices: Sequence[Float32[Array, "k n"]],
+        biases: Sequence[Float32[Array, "n"] | None],
+        weights: Weights,
+    ):
+        w = jnp.concatenate(matrices, axis=1) if len(matrices) > 1 else matrices[0]
+        self.weights, factor = weights, None
+        match weights:
+            case "float32":
+                self.w = nnx.Param(w)
+            case "bfloat16":
+                self.w = nnx.Param(w.T.astype(jnp.bfloat16))
+            case "int8":
+                w, factor = quantise(w.T)
+                self.w = nnx.Param(w)
+        self.factor = None if factor is None else nnx.Param(factor)
+        present = [b for b in biases if b is not None]
+        self.b = nnx.Param(jnp.concatenate(present)) if present else None
+
+    def __call__(self, x: Float[Array, "*b k"]) -> Float[Array, "*b n"]:
+        rows = x.reshape(-1, x.shape[-1])
+        y = self._product(rows).reshape(*x.shape[:-1], -1).astype(x.dtype)
+        return y if self.b is None else y + along_last(self.b[...].astype(x.dtype), y)
+
+    def _product(self, x: Float[Array, "r k"]) -> Float[Array, "r n"]:
+        w = self.w[...]
+        match self.weights:
+            case "float32":
+                return jnp.einsum("rk,kn->rn", x, w)
+            case "bfloat16":
+                return jnp.einsum("rk,nk->rn", _two_rows(x), w)[: x.shape[0]]
+            case "int8":
+                q, factor = quantise(x)
+                y: Int32[Array, "r n"] = jnp.einsum(
+                    "rk,nk->rn", _two_rows(q), w, preferred_element_type=jnp.int32
+                )[: x.shape[0]]
+                return y.astype(jnp.float32) * factor[:, None] * self.factor[...][None, :]
+
+
+def _two_rows(x: Array) -> Array:
+    return jnp.pad(x, ((0, 1), (0, 0))) if x.shape[0] == 1 else x
+
+
+def prepare(model: Transformer, weights: Weights | None = None) -> Transformer:
+    """The same model for decoding: layers unstacked, weights as above; the original is kept.
+
+    `weights` None is the model's compute dtype. Where the kernels are not the CPU's, only int8
+    changes the form of a weight. The results are the model's own: up to the order of sums in
+    float32, exactly rounded weights in bfloat16, and near in int8.
+    """
+    compute = model.compute
+    weights = weights or compute.dtype
+    rounded = compute.dtype != "float32"
+    if compute.scan_layers or rounded:
+        # `product` rounds its weight in any case: rounded here, it is done once.
+        named = {
+            name: value.astype(compute.dtype) if rounded and _in_products(name) else value
+            for name, value in named_parameters(model).items()
+        }
+        model = merge_named(abstract(model.spec, compute.replace(scan_layers=False)), named)
+    if weights != "int8" and not use_cpu_kernels(compute):
+        return model
+    model = nnx.clone(model, variables=False)
+    for layer in model.layers:
+        if layer.attention is not None:
+            _prepare_attention(layer.attention, weights)
+        if isinstance(layer.feed_forward, Mlp):
+            _prepare_mlp(layer.feed_forward, weights)
+    if model.head is not None:
+        _prepare_head(model.head, model.embedding.table[...], weights)
+    return model
+
+
+def _in_products(name: str) -> bool:
+    return name.endswith(".w") and not name.endswith(".router.w")
+
+
+def _projection(linears: Sequence[Linear], weights: Weights) -> Projection:
+    biases = [None if linear.b is None else linear.b[...] for linear in linears]
+    return Projection([linear.w[...] for linear in linears], biases, weights)
+
+
+def _prepare_attention(attention: Attention, weights: Weights) -> None:
+    attention.qkv = _projection([attention.q, attention.k, attention.v], weights)
+    attention.q = attention.k = attention.v = None
+    attention.o = _projection([attention.o], weights)
+
+
+def _prepare_mlp(mlp: Mlp, weights: Weights) -> None:
+    if mlp.gate is not None:
+        mlp.gate_up = _projection([mlp.gate, mlp.up[0]], weights)
+        mlp.gate, mlp.up = None, nnx.List([])
+    else:
+        mlp.up = nnx.List([_projection([up], weights) for up in mlp.up])
+    mlp.down = _projection([mlp.down], weights)
+
+
+def _prepare_head(head: Head, table: Float32[Array, "v d"], weights: Weights) -> None:
+    head.projection = Projection([table.T if head.w is None else head.w[...]], [None], weights)
+    head.w = None
+
+
+def weight_bytes(model: Transformer) -> int:
+    """Bytes of all parameters, as they are kept."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(model))
+
+
+def bytes_read(model: Transformer) -> int:
+    """Bytes that a step of decoding reads: all but the tables of which it takes single rows."""
+    tables = [model.embedding.table, model.embedding.positions]
+    if model.head is None or (model.head.projection is None and model.head.w is None):
+        tables = tables[1:]  # the head reads the whole table
+    return weight_bytes(model) - sum(t[...].nbytes for t in tables if t is not None)
