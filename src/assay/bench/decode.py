@@ -177,6 +177,7 @@ def their_turn(
             path, dtype=torch.float32 if dtype == "float32" else torch.bfloat16
         )
     network.eval()
+    network.generation_config.eos_token_id = None  # nobody stops early
     ids = torch.from_numpy(prompts).long()
 
     def tokens(count: int, cache: str) -> Any:

@@ -112,7 +112,8 @@ def _prefill(
     model = jax.tree.unflatten(structure, parameters)
     batch, padded = tokens.shape
     rows = jnp.arange(batch)
-    cache = empty_cache(model.spec, batch, slots, cache_dtype)
+    # Prompts see no slot but their own: the cache gets its length afterwards.
+    cache = empty_cache(model.spec, batch, padded, cache_dtype)
     read = {} if source is None else {"source": source, "source_mask": source_mask}
     x, cache = model.hidden(tokens, cache=cache, **read)
     logits = model.logits(x[rows, lengths - 1][:, None])[:, 0]
@@ -120,7 +121,7 @@ def _prefill(
     seen = jnp.zeros((batch, model.spec.vocab_size), bool)
     seen = seen.at[rows[:, None], tokens].max(valid)
     # What the padding left in the slots behind a prompt is never read, and is written over.
-    return logits, Memory(cache.with_lengths(lengths), seen)
+    return logits, Memory(cache.with_lengths(lengths).grown(slots), seen)
 
 
 def _decode(
