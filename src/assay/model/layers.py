@@ -228,9 +228,8 @@ class Mlp(nnx.Module):
             if spec.gated
             else None
         )
-        self.gate_up = nnx.data(
-            None
-        )  # both as one, in a model made ready to decode (`decoding.py`)
+        # Both as one, in a model made ready to decode (`decoding.py`).
+        self.gate_up = nnx.data(None)
         self.down = Linear(
             keys[0],
             widths[-1],
