@@ -111,7 +111,7 @@ def prepare(model: Transformer, weights: Weights | None = None) -> Transformer:
         return model
     model = nnx.clone(model, variables=False)
     for layer in model.layers:
-        if layer.attention is not None:
+        if isinstance(layer.attention, Attention):
             _prepare_attention(layer.attention, weights)
         if isinstance(layer.feed_forward, Mlp):
             _prepare_mlp(layer.feed_forward, weights)
