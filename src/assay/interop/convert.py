@@ -378,7 +378,7 @@ def _write_companions(folder: Path, source: Source) -> None:
 
 def _token_ids(source: Source) -> dict[str, int | list[int]]:
     """What starts, ends and pads a text, as the source's config or its tokenizer says."""
-    roles = ("bos_token_id", "eos_token_id", "pad_token_id")
+    roles = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
     said = {role: source.config[role] for role in roles if source.config.get(role) is not None}
     if source.tokenizer is None or source.config:
         return said
