@@ -91,7 +91,8 @@ def compile_step(run: RunSpec, topology: Topology) -> Compiled:
             places = state_shardings(state, parameter_shardings(model, mesh), mesh)
             rows = jax.sharding.NamedSharding(mesh, partition(("batch", None)))
             shape = (run.data.batch_size, run.data.seq_len)
-            batch = {x: jax.ShapeDtypeStruct(shape, jnp.int32) for x in ("tokens", "targets")}
+            names = ("tokens", "targets") + (("source",) if run.model.encoder else ())
+            batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in names}
             step = jax.jit(
                 make_step(run, model),
                 donate_argnums=0,

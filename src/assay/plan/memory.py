@@ -7,7 +7,7 @@ moment: one block in full, and the logits.
 
 from dataclasses import dataclass
 
-from assay.plan.work import expert_parameters, mesh_sizes, parameter_ways
+from assay.plan.work import blocks_of, expert_parameters, mesh_sizes, parameter_ways
 from assay.spec.accounting import BYTES, kv_bytes_per_token, parameters
 from assay.spec.model import BlockSpec, MlpSpec, MoeSpec
 from assay.spec.run import RunSpec
@@ -40,7 +40,7 @@ def training_memory(run: RunSpec, recompute: str, *, flash: bool = True) -> Memo
     held = total / parameter_ways(run)
     rows = run.data.batch_size / run.mesh.batch_shards / run.train.accumulate
     tokens, tensor = rows * run.data.seq_len, mesh["tensor"]
-    blocks = spec.decoder.blocks()
+    blocks = blocks_of(spec)
     kept = sum(_kept(block, spec.d_model, tensor, recompute) for block in blocks)
     largest = max((_everything(block, spec.d_model, tensor) for block in blocks), default=0)
     if not flash:
@@ -87,11 +87,11 @@ def _everything(block: BlockSpec, d: int, tensor: int) -> float:
 
 
 def _attention(block: BlockSpec, d: int, tensor: int) -> float:
-    if block.attention is None:
-        return 0
-    attention = block.attention
-    c = attention.width(d)
-    return 2 * (attention.heads + attention.num_kv_heads) * c / tensor
+    return sum(
+        2 * (attention.heads + attention.num_kv_heads) * attention.width(d) / tensor
+        for attention in (block.attention, block.cross)
+        if attention is not None
+    )
 
 
 def _hidden(block: BlockSpec, d: int) -> float:

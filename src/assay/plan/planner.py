@@ -22,7 +22,7 @@ USABLE = 0.92
 POLICIES = {"none": "none", "block": "block"}
 """ComputeSpec.remat -> what the backward pass computes again (`plan/work.py`), fastest first."""
 
-TPU_KERNELS = "plain"
+TPU_KERNELS = "flash"
 """The kernels that `auto` means on a TPU."""
 
 
@@ -153,7 +153,7 @@ def _plan(run: RunSpec, topology: Topology, compile: bool) -> Plan:
 
 def keeps_no_scores(run: RunSpec, topology: Topology) -> bool:
     """Whether attention runs by a kernel that never keeps its scores."""
-    return topology.chip.name != "cpu" and run.compute.kernels not in ("plain", "cpu")
+    return topology.chip.name != "cpu" and run.compute.kernels in ("auto", "flash")
 
 
 def for_target(run: RunSpec, topology: Topology) -> RunSpec:

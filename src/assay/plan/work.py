@@ -84,7 +84,7 @@ def _flops(spec: TransformerSpec) -> tuple[dict[str, float], dict[str, float], f
     a_key = two["attention"] - one["attention"]
     products = one | {"attention": one["attention"] - a_key}
     products["feed_forward"] += _empty_places(spec)
-    last = sum(_last_product(block.feed_forward, spec.d_model) for block in spec.decoder.blocks())
+    last = sum(_last_product(block.feed_forward, spec.d_model) for block in blocks_of(spec))
     inside = products["attention"] + products["feed_forward"]
     again = {
         "none": 0.0,
@@ -102,24 +102,32 @@ def _empty_places(spec: TransformerSpec) -> float:
         * (block.feed_forward.capacity.load - 1)
         * block.feed_forward.active_experts
         * _mlp_weights(block.feed_forward.expert, spec.d_model)
-        for block in spec.decoder.blocks()
+        for block in blocks_of(spec)
         if isinstance(block.feed_forward, MoeSpec) and block.feed_forward.capacity is not None
     )
 
 
 def _heads(spec: TransformerSpec) -> int:
     """Query heads of all layers together."""
-    return sum(block.attention.heads for block in spec.decoder.blocks() if block.attention)
+    return sum(block.attention.heads for block in blocks_of(spec) if block.attention)
+
+
+def blocks_of(spec: TransformerSpec) -> tuple[BlockSpec, ...]:
+    """Every block, an encoder's first: a source is taken to be as long as its target."""
+    encoder = () if spec.encoder is None else spec.encoder.blocks()
+    return encoder + spec.decoder.blocks()
 
 
 def _seen(spec: TransformerSpec, seq_len: int) -> float:
     """Keys that a query sees, on average over layers and places."""
-    causal = spec.decoder.causal
+    stacks = [stack for stack in (spec.encoder, spec.decoder) if stack is not None]
     keys = [
-        mean_keys(seq_len, window=block.attention.window, causal=causal)
-        for block in spec.decoder.blocks()
+        mean_keys(seq_len, window=block.attention.window, causal=stack.causal)
+        for stack in stacks
+        for block in stack.blocks()
         if block.attention is not None
     ]
+    keys += [seq_len for block in spec.decoder.blocks() if block.cross is not None]
     return sum(keys) / max(len(keys), 1)
 
 
@@ -150,7 +158,7 @@ def _block_traffic(
 ) -> float:
     """Bytes a token, forward and backward, of all blocks."""
     passes = 0.0
-    for block in spec.decoder.blocks():
+    for block in blocks_of(spec):
         passes += STREAM * spec.d_model + _inner_passes(block, spec.d_model) / tensor
     times = 3 + (recompute != "none")
     return times * passes * width * (1 if fused else UNFUSED)
@@ -199,7 +207,7 @@ def expert_parameters(spec: TransformerSpec) -> int:
     """Parameters of routed experts, all together."""
     return sum(
         block.feed_forward.experts * _mlp_weights(block.feed_forward.expert, spec.d_model)
-        for block in spec.decoder.blocks()
+        for block in blocks_of(spec)
         if isinstance(block.feed_forward, MoeSpec)
     )
 
@@ -228,11 +236,11 @@ def collective_bytes(run: RunSpec, recompute: str) -> dict[str, float]:
     again = recompute in ("mlp", "block")
     parts = sum(
         (block.attention is not None) + (block.feed_forward is not None)
-        for block in spec.decoder.blocks()
+        for block in blocks_of(spec)
     )
     chosen = sum(
         block.feed_forward.active_experts
-        for block in spec.decoder.blocks()
+        for block in blocks_of(spec)
         if isinstance(block.feed_forward, MoeSpec)
     )
     stream = tokens * spec.d_model * width
