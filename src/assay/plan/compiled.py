@@ -67,7 +67,7 @@ def compile_step(run: RunSpec, topology: Topology) -> Compiled:
     with _no_cloud():
         import jax
         import jax.numpy as jnp
-        from jax.experimental import topologies
+        from jax.experimental import mesh_utils, topologies
 
         from assay.model.sharding import MESH_AXES, parameter_shardings, partition, use_mesh
         from assay.model.transformer import abstract
@@ -81,7 +81,9 @@ def compile_step(run: RunSpec, topology: Topology) -> Compiled:
                 f"topology: the TPU compiler does not know '{name}': {error}"
             ) from None
         sizes = tuple(getattr(run.mesh, axis) for axis in MESH_AXES)
-        devices = topologies.make_mesh(described, sizes, MESH_AXES).devices
+        devices = mesh_utils.create_device_mesh(
+            sizes, list(described.devices), allow_split_physical_axes=True
+        )
         kinds = (jax.sharding.AxisType.Auto,) * len(MESH_AXES)
         mesh = jax.sharding.Mesh(devices, MESH_AXES, axis_types=kinds)
         began = time.monotonic()
