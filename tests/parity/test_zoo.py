@@ -139,7 +139,7 @@ def test_gemma_2():
         num_attention_heads=attention.heads,
         num_key_value_heads=attention.num_kv_heads,
         head_dim=attention.head_dim,
-        query_pre_attn_scalar=attention.scale**-2,
+        query_pre_attn_scalar=round(attention.scale**-2),
         sliding_window=attention.window,
         max_position_embeddings=spec.context,
         attn_implementation="eager",  # the only one with caps
