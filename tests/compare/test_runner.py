@@ -48,7 +48,7 @@ set."optimizer.lr" = 20.0
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory) -> Path:
     rng = np.random.default_rng(0)
-    words = [bytes(rng.integers(97, 123, size=n)).decode() for n in rng.integers(2, 8, size=80)]
+    words = ["".join(map(chr, rng.integers(97, 123, size=n))) for n in rng.integers(2, 8, size=80)]
     path = tmp_path_factory.mktemp("corpus") / "corpus.txt"
     path.write_text(" ".join(words[i] for i in rng.zipf(1.3, size=4000) % len(words)))
     return path
