@@ -41,9 +41,10 @@ KEEP_TO = {
     # Reads JSON, never a model.
     "compare.report": {
         *("compare.statistics", "compare.curves", "compare.scaling", "compare.results"),
-        "compare.figures",
+        *("compare.figures", "compare.block_diagram"),
     },
-    "compare.figures": {"compare.curves"},
+    "compare.block_diagram": set(),
+    "compare.figures": set(),
     "compare.curves": {"compare.statistics"},
     "compare.results": {"spec.base"},
     "compare.scaling": {"compare.statistics"},

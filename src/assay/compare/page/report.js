@@ -1,0 +1,245 @@
+"use strict";
+// Draws the page's figures from the data in it. No figure changes a number; smoothing, if any, is
+// said in the figure itself.
+(() => {
+  const data = JSON.parse(document.getElementById("data").textContent);
+  const at = (id) => document.getElementById(id);
+  const symbols = ["circle", "square", "diamond", "triangle-up", "cross", "x"];
+  const dashes = ["solid", "dash", "dashdot", "dot"];
+  const colour = (i) => data.colours[i % data.colours.length];
+  const dash = (i) => dashes[Math.floor(i / data.colours.length) % dashes.length];
+  // Plotly reads a little HTML in its texts; names have none.
+  const text = (s) => String(s).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
+  const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+  const faded = (hex, alpha) => {
+    const n = parseInt(hex.slice(1), 16);
+    return `rgba(${n >> 16},${(n >> 8) & 255},${n & 255},${alpha})`;
+  };
+  const narrow = () => window.innerWidth < 640;
+  const config = { responsive: true, displaylogo: false, plotlyServerURL: "",
+    modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"] };
+
+  function layout(more) {
+    const axis = { gridcolor: css("--line"), zerolinecolor: css("--line"), automargin: true,
+      linecolor: css("--line"), ticks: "outside", tickcolor: css("--line") };
+    const base = {
+      paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
+      font: { color: css("--text"), family: getComputedStyle(document.body).fontFamily, size: 13 },
+      margin: { l: 60, r: 16, t: 28, b: 48 }, hovermode: "closest",
+      hoverlabel: { namelength: -1 },
+      legend: narrow() ? { orientation: "h", y: -0.25 } : {},
+    };
+    const out = Object.assign(base, more);
+    for (const key of Object.keys(out))
+      if (/^[xy]axis/.test(key)) out[key] = Object.assign({}, axis, out[key]);
+    return out;
+  }
+
+  // As `smooth` in curves.py: an exponential moving average that begins unbiased.
+  function smooth(y, weight) {
+    let total = 0, count = 0;
+    return y.map((v) => {
+      if (v !== null) { total = weight * total + v; count = weight * count + 1; }
+      return count ? total / count : null;
+    });
+  }
+  const declared = (weight) => weight > 0
+    ? [{ text: `smoothed: moving average, weight ${weight.toFixed(2)}`, showarrow: false,
+         xref: "paper", yref: "paper", x: 1, y: 1, xanchor: "right", yanchor: "bottom",
+         font: { size: 12, color: css("--bad") } }]
+    : [];
+
+  const painters = [];
+  const paint = (id, make) => {
+    const element = at(id);
+    if (!element) return;
+    const draw = () => { const [traces, shape] = make(); Plotly.react(element, traces, layout(shape), config); };
+    painters.push(draw);
+    draw();
+    return draw;
+  };
+  const listen = (draw, ...ids) => ids.forEach((id) => at(id).addEventListener("input", draw));
+  const weight = () => {
+    const w = Number(at("smoothing").value);
+    at("smoothing-shown").textContent = w > 0 ? w.toFixed(2) : "none";
+    return w;
+  };
+
+  // A first fall from a random model would flatten all that matters: begin below it.
+  function range(values, log) {
+    const late = values.filter((v) => v !== null && isFinite(v));
+    if (!late.length) return undefined;
+    const low = Math.min(...late), high = Math.max(...late), gap = high - low || Math.abs(high) || 1;
+    const ends = [low - 0.05 * gap, high + 0.2 * gap];
+    return log ? [Math.log10(Math.max(ends[0], low * 0.98)), Math.log10(ends[1])] : ends;
+  }
+
+  if (at("curves")) {
+    const draw = paint("curves", () => {
+      const curve = data.curves[Number(at("kind").value)], axis = at("axis").value, w = weight();
+      const logX = at("log-x").checked, logY = at("log-y").checked, traces = [], late = [];
+      curve.series.forEach((series) => {
+        const band = series.axes[axis];
+        if (!band) return;
+        const c = colour(series.colour), few = band.x.length <= 30;
+        const mean = smooth(band.mean, w);
+        const start = band.x[0] + 0.1 * (band.x[band.x.length - 1] - band.x[0]);
+        mean.forEach((v, i) => { if (band.x[i] >= start) late.push(v); });
+        if (at("bands").checked && band.low[0] !== null) {
+          const low = smooth(band.low, w), high = smooth(band.high, w);
+          traces.push({ x: band.x.concat([...band.x].reverse()), y: high.concat([...low].reverse()),
+            fill: "toself", fillcolor: faded(c, 0.18), line: { width: 0 }, mode: "lines",
+            hoverinfo: "skip", showlegend: false, legendgroup: series.name });
+        }
+        traces.push({ x: band.x, y: mean, name: text(series.name), legendgroup: series.name,
+          mode: few ? "lines+markers" : "lines", line: { color: c, width: 2, dash: dash(series.colour) },
+          marker: { symbol: symbols[series.colour % symbols.length], size: 6 },
+          hovertemplate: `%{y:.4f} at %{x:.4s}<extra>${text(series.name)}, ${band.n} seeds</extra>` });
+      });
+      return [traces, { annotations: declared(w), hovermode: narrow() ? "closest" : "x",
+        xaxis: { title: { text: data.axes[axis] }, type: logX ? "log" : "linear", exponentformat: "SI" },
+        yaxis: { title: { text: curve.label }, type: logY ? "log" : "linear",
+          range: range(late, logY) } }];
+    });
+    listen(draw, "kind", "axis", "log-x", "log-y", "bands", "smoothing");
+  }
+
+  if (at("series")) {
+    const draw = paint("series", () => {
+      const w = weight(), logX = at("log-x").checked, logY = at("log-y").checked;
+      const traces = data.series.map((run, i) => ({ x: run.x, y: smooth(run.y, w), name: text(run.name),
+        mode: "lines", line: { color: colour(i), width: 1.8, dash: dash(i) } }));
+      // The raw index above: ticks at round rows, placed where those rows are.
+      const rows = new Map();
+      data.series.forEach((run) => run.index.forEach((row, i) => rows.set(row, run.x[i])));
+      const all = [...rows.keys()].sort((a, b) => a - b), last = all[all.length - 1];
+      const step = Math.max(1, Number((last / 8).toPrecision(1)));
+      const ticks = all.filter((row) => row % step === 0);
+      traces.push({ x: ticks.map((r) => rows.get(r)), y: ticks.map(() => null), xaxis: "x2",
+        hoverinfo: "skip", showlegend: false, mode: "markers" });
+      const kind = logX ? "log" : "linear";
+      return [traces, { annotations: declared(w), margin: { l: 60, r: 16, t: 64, b: 48 },
+        xaxis: { title: { text: text(data.x_label) }, type: kind },
+        xaxis2: { title: { text: "raw index" }, type: kind, overlaying: "x", matches: "x", side: "top",
+          tickvals: ticks.map((r) => rows.get(r)), ticktext: ticks.map(String), showgrid: false },
+        yaxis: { title: { text: "loss" }, type: logY ? "log" : "linear" } }];
+    });
+    listen(draw, "log-x", "log-y", "smoothing");
+  }
+
+  const verdictColour = (v) => ({ better: css("--accent"), worse: css("--bad"),
+    equivalent: css("--good") }[v] || css("--soft"));
+
+  if (at("forest")) {
+    at("forest").style.minHeight = `${120 + 44 * data.pairs.length}px`;
+    at("forest").style.height = at("forest").style.minHeight;
+    paint("forest", () => {
+      const finite = data.pairs.flatMap((p) => [...p.ci95, p.difference]).filter((v) => v !== null);
+      const reach = 1.3 * Math.max(data.margin, 1e-9, ...finite.map(Math.abs));
+      const traces = [];
+      data.pairs.forEach((p, i) => {
+        const c = verdictColour(p.verdict);
+        const ends = (e) => [e[0] === null ? -3 * reach : e[0], e[1] === null ? 3 * reach : e[1]];
+        for (const [interval, width, name] of [[p.anytime95, 1.6, "anytime-valid"], [p.ci95, 6, "planned-n"]])
+          traces.push({ x: ends(interval), y: [i, i], mode: "lines", showlegend: false, opacity: 0.85,
+            line: { color: c, width },
+            hovertemplate: `${name} 95 %: ${interval.map((v) => v === null ? "∞" : v.toFixed(4)).join(" to ")}<extra></extra>` });
+        if (p.difference !== null)
+          traces.push({ x: [p.difference], y: [i], mode: "markers", showlegend: false,
+            marker: { color: c, size: 10, line: { color: css("--back"), width: 2 } },
+            hovertemplate: `${text(p.a)} less ${text(p.b)}: ${p.difference.toFixed(4)}, ${p.verdict}<extra></extra>` });
+      });
+      const shapes = [{ type: "line", x0: 0, x1: 0, yref: "paper", y0: 0, y1: 1, line: { color: css("--text"), width: 1 } }];
+      if (data.margin) shapes.push({ type: "rect", x0: -data.margin, x1: data.margin, yref: "paper",
+        y0: 0, y1: 1, fillcolor: css("--soft"), opacity: 0.18, line: { width: 0 }, layer: "below" });
+      const label = (p) => narrow() ? `${text(p.a)}<br>− ${text(p.b)}` : `${text(p.a)} less ${text(p.b)}: ${p.verdict}`;
+      return [traces, { shapes,
+        xaxis: { title: { text: `difference in ${data.unit}` }, range: [-reach, reach], zeroline: false },
+        yaxis: { tickvals: data.pairs.map((_, i) => i), ticktext: data.pairs.map(label),
+          range: [data.pairs.length - 0.4, -0.6], showgrid: false, zeroline: false } }];
+    });
+  }
+
+  for (const [cost, label] of Object.entries(data.costs || {})) {
+    paint(`pareto-${cost}`, () => {
+      const rows = data.rows.filter((r) => r.mean !== null && r[cost] !== null);
+      const traces = rows.map((r) => ({ x: [r[cost]], y: [r.mean], name: text(r.name), mode: "markers",
+        marker: { color: colour(r.colour), size: 10, symbol: symbols[r.colour % symbols.length] },
+        error_y: r.ci95[0] === null ? undefined : { type: "data", symmetric: false,
+          array: [r.ci95[1] - r.mean], arrayminus: [r.mean - r.ci95[0]], thickness: 1.2, color: colour(r.colour) },
+        showlegend: false, hovertemplate: `${text(r.name)}<br>%{x:.4s} ${label}<br>%{y:.4f} bits per byte<extra></extra>` }));
+      const front = rows.filter((r) => !rows.some((o) => o[cost] <= r[cost] && o.mean <= r.mean &&
+        (o[cost] < r[cost] || o.mean < r.mean))).sort((a, b) => a[cost] - b[cost]);
+      traces.unshift({ x: front.map((r) => r[cost]), y: front.map((r) => r.mean), mode: "lines",
+        line: { shape: "hv", dash: "dash", width: 1, color: css("--soft") }, hoverinfo: "skip", showlegend: false });
+      const names = rows.map((r) => ({ x: r[cost], y: r.mean, text: text(r.name), showarrow: false,
+        xanchor: "left", xshift: 8, yshift: 9, font: { size: 11 } }));
+      return [traces, { annotations: names, margin: { l: 60, r: 50, t: 12, b: 44 },
+        xaxis: { title: { text: label }, exponentformat: "SI", rangemode: "normal", nticks: 6 },
+        yaxis: { title: { text: data.unit }, nticks: 6 } }];
+    });
+  }
+
+  (data.experts || []).forEach((experts, n) => {
+    const layers = experts.load.length, columns = Math.min(narrow() ? 1 : 3, layers);
+    const rows = Math.ceil(layers / columns), element = at(`experts-${n}`);
+    element.style.height = `${60 + 190 * rows}px`;
+    element.style.minHeight = "0";
+    paint(`experts-${n}`, () => {
+      const traces = [], shape = { grid: { rows, columns, pattern: "independent", ygap: 0.35 }, annotations: [] };
+      experts.load.forEach((load, i) => {
+        const s = i ? String(i + 1) : "";
+        traces.push({ type: "heatmap", z: load, x: experts.steps, xaxis: `x${s}`, yaxis: `y${s}`,
+          zmin: 0, zmid: 1, zmax: 2, colorscale: "RdBu", reversescale: false, showscale: i === 0,
+          colorbar: { title: { text: "load" }, thickness: 12 },
+          hovertemplate: `layer ${i}, expert %{y}, step %{x}: %{z:.2f} of the mean<extra></extra>` });
+        shape[`xaxis${s}`] = { title: { text: i >= layers - columns ? "step" : "" }, showgrid: false };
+        shape[`yaxis${s}`] = { title: { text: `layer ${i}: expert` }, dtick: Math.ceil(load.length / 8), showgrid: false };
+      });
+      return [traces, shape];
+    });
+  });
+
+  if (at("scaling")) paint("scaling", () => {
+    const traces = [];
+    Object.entries(data.scaling.fits).forEach(([name, fit], i) => {
+      const c = colour(i), curve = fit.curve;
+      traces.push({ x: curve.flops.concat([...curve.flops].reverse()),
+        y: curve.high.concat([...curve.low].reverse()), fill: "toself", fillcolor: faded(c, 0.15),
+        line: { width: 0 }, mode: "lines", hoverinfo: "skip", showlegend: false, legendgroup: name });
+      traces.push({ x: curve.flops, y: curve.loss, mode: "lines", name: text(name), legendgroup: name,
+        line: { color: c, width: 2, dash: dash(i) } });
+      traces.push({ x: fit.points.flops, y: fit.points.losses, mode: "markers", showlegend: false,
+        legendgroup: name, marker: { color: c, size: 7, symbol: symbols[i % symbols.length] } });
+    });
+    const target = data.scaling.outlook && data.scaling.outlook.flops;
+    const shapes = target ? [{ type: "line", x0: target, x1: target, yref: "paper", y0: 0, y1: 1,
+      line: { color: css("--soft"), dash: "dot" } }] : [];
+    const annotations = target ? [{ x: Math.log10(target), y: 1, yref: "paper", text: "target",
+      showarrow: false, xanchor: "right", yanchor: "bottom" }] : [];
+    return [traces, { shapes, annotations,
+      xaxis: { title: { text: "training FLOPs" }, type: "log", exponentformat: "power" },
+      yaxis: { title: { text: `held-out ${data.unit}` } } }];
+  });
+
+  const repaint = () => painters.forEach((draw) => draw());
+  at("theme").addEventListener("click", () => {
+    const root = document.documentElement;
+    const dark = root.dataset.theme
+      ? root.dataset.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
+    root.dataset.theme = dark ? "light" : "dark";
+    repaint();
+  });
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", repaint);
+  let before;
+  addEventListener("beforeprint", () => {
+    before = document.documentElement.dataset.theme;
+    document.documentElement.dataset.theme = "light";
+    repaint();
+  });
+  addEventListener("afterprint", () => {
+    if (before) document.documentElement.dataset.theme = before;
+    else delete document.documentElement.dataset.theme;
+    repaint();
+  });
+})();
