@@ -14,7 +14,8 @@ import pytest
 
 from assay.compare import runner
 from assay.compare.experiment import read, resolve
-from assay.compare.record import losses_csv, read_run
+from assay.compare.record import read_run
+from assay.compare.report import losses_csv
 from assay.compare.results import Results, read_results
 from assay.compare.runner import compare
 from assay.compare.worker import perform
@@ -70,7 +71,7 @@ class Here:
     jobs = 1
 
     def __init__(self):
-        self.tasks = []
+        self.tasks, self.drawn = [], []
 
     def run(self, tasks):
         for task in tasks:
@@ -86,6 +87,7 @@ class Here:
 def here(monkeypatch):
     pool = Here()
     monkeypatch.setattr(runner, "Processes", lambda *_: pool)
+    monkeypatch.setattr(runner, "draw", lambda results, out: pool.drawn.append(out))
     return pool
 
 
@@ -137,7 +139,7 @@ def test_a_comparison_leaves_what_is_promised(write, here, tmp_path):
     with (out / "losses.csv").open() as file:
         lines = [*csv.reader(file)]
     assert lines[0] == [
-        "step",
+        "Step",
         "slow-s0 - loss",
         "fast-s0 - loss",
         "slow-s1 - loss",
@@ -145,6 +147,7 @@ def test_a_comparison_leaves_what_is_promised(write, here, tmp_path):
     ]
     assert [line[0] for line in lines[1:]] == ["10", "20", "30", "40"]
     assert float(lines[1][1]) == results.runs[0].curve[0].train_loss
+    assert here.drawn == [out]
 
 
 def test_what_is_done_is_not_done_again(write, here, tmp_path):
@@ -326,7 +329,8 @@ def test_killed_twice_no_number_changes_but_the_clocks(write, tmp_path):
     assert finished.stat().st_mtime_ns == when  # it was not run again
     whole = compare(file, tmp_path / "whole", jobs=2)
     assert without_clocks(read_results(out)) == without_clocks(whole)
-    assert losses_csv(read_results(out)) == losses_csv(whole)
+    assert (out / "losses.csv").read_text() == losses_csv(whole)
+    assert "fast" in (out / "report.html").read_text()
 
 
 def test_two_at_work_in_one_folder_is_refused(write, here, tmp_path, monkeypatch):

@@ -1,7 +1,5 @@
 """From the folders of runs to `results.json`: curves, rows, pairs, and the answer in a sentence."""
 
-import csv
-import io
 import json
 import math
 import os
@@ -469,22 +467,6 @@ def _notes(plan: Plan, environment: Environment) -> tuple[str, ...]:
             "One learning rate served all variants; the one that suits it best is favoured."
         )
     return tuple(notes)
-
-
-def losses_csv(results: Results) -> str:
-    """`step`, then a column "<run> - loss" a run: training loss, nats a token; gaps are empty."""
-    columns = {
-        run.name: {p.step: p.train_loss for p in run.curve if p.train_loss is not None}
-        for run in results.runs
-        if run.curve
-    }
-    steps = sorted({step for column in columns.values() for step in column})
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(["step", *(f"{name} - loss" for name in columns)])
-    for step in steps:
-        writer.writerow([step, *(column.get(step, "") for column in columns.values())])
-    return file.getvalue()
 
 
 # ---------------------------------------------------------------------------- the environment

@@ -24,7 +24,6 @@ from assay.compare.pools import Pool, Processes, Ray, free_cores, has_accelerato
 from assay.compare.record import (
     Job,
     gather,
-    losses_csv,
     plain,
     progress,
     read_run,
@@ -32,6 +31,7 @@ from assay.compare.record import (
     with_device,
     write_text,
 )
+from assay.compare.report import draw, losses_csv
 from assay.compare.results import FILE, CheckRecord, Environment, Results, RunRecord
 from assay.compare.worker import Task
 from assay.errors import AssayError
@@ -373,6 +373,9 @@ class Comparison:
         )
         write_text(self.out / FILE, results.to_json() + "\n")
         write_text(self.out / "losses.csv", losses_csv(results))
+        if complete:
+            self.watcher.note("Drawing the report.")
+            draw(results, self.out)
         self.results = results
         return results
 
