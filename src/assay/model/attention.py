@@ -309,8 +309,8 @@ class Attention(nnx.Module):
         )
         by_head = spec.qk_norm is not None and spec.qk_norm.over == "head"
         q_width, k_width = (self.width,) * 2 if by_head else (wide, narrow)
-        self.q_norm = Norm(q_width, spec.qk_norm.norm) if spec.qk_norm else None
-        self.k_norm = Norm(k_width, spec.qk_norm.norm) if spec.qk_norm else None
+        self.q_norm = Norm(q_width, spec.qk_norm.norm, compute) if spec.qk_norm else None
+        self.k_norm = Norm(k_width, spec.qk_norm.norm, compute) if spec.qk_norm else None
 
     def __call__(
         self,

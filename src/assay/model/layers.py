@@ -264,9 +264,7 @@ class Norm(nnx.Module):
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
         scale = None if self.scale is None else self.scale[...]
         bias = None if self.bias is None else self.bias[...]
-        return normalise(
-            x, scale, bias, centred=self.centred, epsilon=self.epsilon, cpu=self.cpu
-        )
+        return normalise(x, scale, bias, centred=self.centred, epsilon=self.epsilon, cpu=self.cpu)
 
 
 # ---------------------------------------------------------------------------- dropout

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Float32, Int32, Key
 
-from assay.model.layers import Mlp, activate, along_last, use_cpu_kernels
+from assay.model.layers import Mlp, activate, along_last, glu, use_cpu_kernels
 from assay.model.sharding import constant_parameter, constrain, on_each_device, parameter
 from assay.spec.model import MlpSpec, MoeSpec, RouterSpec, WeightInit
 from assay.spec.run import ComputeSpec
@@ -485,8 +485,8 @@ class Experts(nnx.Module):
             return product(x, self.down.w[...].astype(x.dtype)) + spread(bias.astype(x.dtype))
 
         if self.gate is not None:
-            gate = activate(linear(x, self.gate), self.activation, cpu=self.cpu)
-            return last(gate * linear(x, self.up[0]))
+            gate, up = linear(x, self.gate), linear(x, self.up[0])
+            return last(glu(gate, up, self.activation, cpu=self.cpu))
         for n, up in enumerate(self.up):
             if n and across is not None:
                 x = across.whole_features(x)

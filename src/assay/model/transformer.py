@@ -44,7 +44,13 @@ from assay.spec.run import ComputeSpec
 class Embedding(nnx.Module):
     """Tokens (and their places) to vectors."""
 
-    def __init__(self, key: Key[Array, ""], spec: TransformerSpec, embedding: EmbeddingSpec):
+    def __init__(
+        self,
+        key: Key[Array, ""],
+        spec: TransformerSpec,
+        embedding: EmbeddingSpec,
+        compute: ComputeSpec,
+    ):
         token_key, position_key = jax.random.split(key)
         init = spec.init.embedding
         table_shape = (spec.padded_vocab, spec.d_model)
@@ -53,7 +59,8 @@ class Embedding(nnx.Module):
         learned = embedding.positions.kind == "learned"
         shape = (spec.context, spec.d_model)
         self.positions = parameter(position_key, shape, (None, "embed"), init) if learned else None
-        self.norm = Norm(spec.d_model, embedding.norm) if embedding.norm else None
+        norm = embedding.norm
+        self.norm = Norm(spec.d_model, norm, compute) if norm else None
 
     def __call__(
         self,
@@ -107,7 +114,7 @@ class Block(nnx.Module):
         )
 
         def norm(present: bool) -> Norm | None:
-            return Norm(d_model, spec.norm) if present else None
+            return Norm(d_model, spec.norm, compute) if present else None
 
         self.dropout = spec.dropout
         self.norm_after_sum = spec.norm_position == "post"
@@ -212,12 +219,12 @@ class Ahead(nnx.Module):
     ):
         join_key, block_key = jax.random.split(key)
         d, norm = spec.d_model, spec.decoder.final_norm or block.norm
-        self.hidden_norm, self.token_norm = Norm(d, norm), Norm(d, norm)
+        self.hidden_norm, self.token_norm = Norm(d, norm, compute), Norm(d, norm, compute)
         axes, init = ("mlp", "embed"), spec.init.weights
         self.join = Linear(join_key, 2 * d, d, axes=axes, init=init, bias=False, compute=compute)
         layers = spec.decoder.num_layers
         self.block = Block(block_key, d, block, spec.init, layers, compute, spec.padded_vocab)
-        self.final_norm = Norm(d, norm)
+        self.final_norm = Norm(d, norm, compute)
 
     def __call__(
         self,
@@ -282,7 +289,8 @@ class Stack(nnx.Module):
             for i in range(period if repeats else 0)
         )
         self.layers = nnx.List(layers[repeats * period :])
-        self.final_norm = Norm(spec.d_model, stack.final_norm) if stack.final_norm else None
+        final = stack.final_norm
+        self.final_norm = Norm(spec.d_model, final, compute) if final else None
         self.relative_bias = self._table(key, spec)
 
     def _table(self, key: Key[Array, ""], spec: TransformerSpec) -> nnx.Param | None:
@@ -378,9 +386,9 @@ class Transformer(Stack):
         encoder_key, source_key = jax.random.split(jax.random.fold_in(key, 3))
         super().__init__(stack_key, spec, spec.decoder, compute)
         self.spec = spec
-        self.embedding = Embedding(embedding_key, spec, spec.embedding)
+        self.embedding = Embedding(embedding_key, spec, spec.embedding, compute)
         own = spec.source_embedding
-        self.source_embedding = Embedding(source_key, spec, own) if own else None
+        self.source_embedding = Embedding(source_key, spec, own, compute) if own else None
         self.encoder = Stack(encoder_key, spec, spec.encoder, compute) if spec.encoder else None
         self.ahead = nnx.List(
             Ahead(jax.random.fold_in(key, 4 + i), spec, block, compute)
