@@ -71,6 +71,39 @@ def test_muon_takes_the_matrices_and_adam_the_rest(model):
             assert values.max() < 1.4, name
 
 
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_muon_is_optax_own(model, nesterov):
+    """Its updates and its state, by structure and by value: checkpoints hold the latter."""
+    params, kinds = built(model)
+    spec = MuonSpec(clip=None, nesterov=nesterov, weight_decay=0.1)
+    matrix = optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
+    theirs = optax.contrib.muon(
+        spec.lr,
+        beta=spec.momentum,
+        nesterov=nesterov,
+        weight_decay=spec.weight_decay,
+        adam_learning_rate=spec.adam_lr,
+        adam_b1=spec.b1,
+        adam_b2=spec.b2,
+        muon_weight_dimension_numbers=jax.tree.map(
+            lambda kind: matrix if kind == "matrix" else None, kinds
+        ),
+    )
+    results = []
+    for tx in (make_optimizer(spec, kinds), theirs):
+        state = tx.init(params)
+        for _ in range(2):
+            grads = jax.tree.map(lambda p: jnp.sin(100 * p) * 0.01, params)
+            updates, state = jax.jit(tx.update)(grads, state, params)
+        results.append((updates, state))
+    (found, ours), (wanted, kept) = results
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)  # noqa: E731
+    jax.tree.map(close, found, wanted)
+    paths = [[p for p, _ in jax.tree_util.tree_flatten_with_path(s)[0]] for s in (ours, kept)]
+    assert paths[0] == paths[1]
+    jax.tree.map(close, jax.tree.leaves(ours), jax.tree.leaves(kept))
+
+
 @pytest.mark.parametrize("spec", [AdamWSpec(), MuonSpec(), SgdSpec(momentum=0.9)])
 def test_stacked_layers_are_updated_as_separate_ones(model, spec):
     _, _, listed = updates_of(model, spec)

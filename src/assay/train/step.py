@@ -59,7 +59,7 @@ def make_step(run: RunSpec, abstract_model: Transformer) -> Step:
     """
     graph = nnx.graphdef(abstract_model)
     kinds, rates = parameter_kinds(abstract_model), balance_rates(abstract_model)
-    tx = make_optimizer(run.optimizer, kinds)
+    tx = make_optimizer(run.optimizer, kinds, run.compute.dtype)
     parts = run.train.accumulate
     random = uses_randomness(run.model)
 
