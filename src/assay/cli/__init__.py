@@ -12,11 +12,13 @@ from assay.cli import (  # noqa: F401, each adds its commands
     use,
 )
 from assay.cli.application import app
+from assay.cli.memory import use_huge_pages
 from assay.errors import AssayError
 
 
 def main() -> None:
     """Runs the command; a user's mistake is one sentence on standard error and status 2."""
+    use_huge_pages()
     debug = "--debug" in sys.argv
     if debug:
         sys.argv.remove("--debug")

@@ -99,6 +99,8 @@ def _bench_train(
         "ours": {"tokens_per_second": asdict(result.ours)},
         "theirs": result.theirs and {"tokens_per_second": asdict(result.theirs)},
         "ratio": result.ratio and asdict(result.ratio),
+        "better": result.better,
+        "forms": {k: {"tokens_per_second": asdict(v)} for k, v in result.forms.items()},
         "first_step_seconds": result.first_step_seconds,
         "losses": {"ours": result.first_loss, "theirs": result.their_first_loss},
         "threads": result.threads,
@@ -107,8 +109,9 @@ def _bench_train(
     if not as_json:
         rows = {"ours, tokens/s": (result.ours, ",.0f")}
         if result.theirs:
-            rows["torch, tokens/s"] = (result.theirs, ",.0f")
-            rows["ours / torch"] = (result.ratio, ".2f")
+            for form, spread in result.forms.items():
+                rows[f"torch {form}, tokens/s"] = (spread, ",.0f")
+            rows[f"ours / torch {result.better}"] = (result.ratio, ".2f")
         title = f"{model}, {run.compute.dtype}, batch {run.data.batch_size} x {run.data.seq_len}"
         _print_spreads(title, rows)
         out().print(f"first step, compilation included: {result.first_step_seconds:.1f} s")
