@@ -3,13 +3,17 @@
 import json
 import math
 
+import jax
 import numpy as np
 import pytest
 
 from assay.errors import AssayError
 from assay.loading import load
-from assay.spec.presets import PRESETS
+from assay.model.transformer import abstract, layout, name_leaves
+from assay.spec.presets import PRESETS, shrink
+from assay.spec.run import ConstantSchedule
 from assay.train.loop import train
+from assay.train.step import initial_state, make_step
 from tests.train.conftest import lines
 
 
@@ -99,3 +103,22 @@ def test_the_loss_is_of_shifted_targets(run, tmp_path):
     result = train(run, tmp_path / "out")
     optimum = 4 * math.log(5) / 5
     assert optimum - 0.02 < result.val_loss < optimum + 0.15
+
+
+@pytest.mark.parametrize("name", ["transformer-base", "jaxformers", "t5-small"])
+def test_every_weight_moves_from_where_it_begins(name):
+    """Fault of jaxformers: its encoder's feed-forward began at 0 in both matrices, for ever."""
+    spec = shrink(PRESETS[name].model)
+    run = PRESETS[name].run.replace(model=spec, schedule=ConstantSchedule())
+    rng = np.random.default_rng(0)
+    ids = rng.integers(spec.vocab_size, size=(3, 8, 16), dtype=np.int32)
+    batch = dict(zip(("tokens", "targets", "source"), ids, strict=True))
+    form, state = layout(spec, run.compute), initial_state(run)
+    before = name_leaves(state.params, form)
+    step = jax.jit(make_step(run, abstract(spec, run.compute)))
+    for _ in range(2):
+        state, _ = step(state, batch, np.float32(0))
+    after = name_leaves(state.params, form)
+    still = {key for key in before if np.array_equal(before[key], after[key])}
+    assert not {key for key in still if not key.endswith(".k.b")}  # which the softmax cancels
+    assert any(key.startswith("encoder.layers.1.feed_forward") for key in before)
