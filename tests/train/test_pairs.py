@@ -46,7 +46,7 @@ def run(tmp_path):
 def test_a_run_and_its_resumption(run, tmp_path):
     """Stopped, gone on with, and scanned on a mesh: the same losses; bits per byte of targets."""
     whole = train(run, tmp_path / "whole")
-    train(run, tmp_path / "parts", stop_at=5)
+    train(run, tmp_path / "parts", stop_at=10)
     parts = train(run, tmp_path / "parts", resume=True)
     assert lines(tmp_path / "parts") == lines(tmp_path / "whole")
     assert (parts.val_loss, parts.val_bpb) == (whole.val_loss, whole.val_bpb)

@@ -884,7 +884,7 @@ register(
         ),
         optimizer=MuonSpec(),
         schedule=LinearSchedule(warmup=20),
-        train=TrainSpec(budget=BudgetSpec(amount=600)),
+        train=TrainSpec(budget=BudgetSpec(amount=500)),
     ),
 )
 
