@@ -463,6 +463,8 @@ CASES: dict[str, Case] = {
     "ComputeSpec.dtype": Case(of_run, TINY, "compute.dtype", "bfloat16"),
     "ComputeSpec.scan_layers": Case(of_run, TINY, "compute.scan_layers", True),
     "ComputeSpec.remat": Case(of_run, TINY, "compute.remat", "block"),
+    "ComputeSpec.offload_optimizer": Case(of_run, TINY, "compute.offload_optimizer", True),
+    "ComputeSpec.loss_chunk": Case(of_run, TINY, "compute.loss_chunk", 4),
     "ComputeSpec.kernels": Case(of_run, TINY, "compute.kernels", "plain"),
     "ComputeSpec.moe_dispatch": Case(
         of_run, TINY.replace(model=EXPERTS), "compute.moe_dispatch", "dense"),

@@ -178,3 +178,33 @@ def on_each_device(f: Callable, *axes: Sequence[str | None] | list, out: Sequenc
         for entry in axes
     )
     return jax.shard_map(f, in_specs=in_specs, out_specs=partition(out), check_vma=False)
+
+
+def batch_shards() -> int:
+    """Among how many devices the rows of a batch are shared; 1 where no mesh is set."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in RULES["batch"])
+
+
+def on_batch_shards(f: Callable, *, whole: int, rows: int) -> Callable:
+    """`f(*whole, *rows) -> (whole, rows)` as each shard of the batch runs it on its own rows.
+
+    Along `tensor` the partitioner goes on as elsewhere. Without a mesh it is `f` itself.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return f
+    everywhere, split = P(), partition(("batch",))
+    return jax.shard_map(
+        f,
+        in_specs=(everywhere,) * whole + (split,) * rows,
+        out_specs=(everywhere, split),
+        axis_names=set(RULES["batch"]),
+        check_vma=False,
+    )
+
+
+def summed_over_batch(tree):
+    """Inside `on_batch_shards`: each array summed over all shards of the batch."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return tree
+    return jax.lax.psum(tree, RULES["batch"])

@@ -7,6 +7,7 @@ D model, V vocabulary.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -39,6 +40,15 @@ from assay.spec.model import (
     ZeroInit,
 )
 from assay.spec.run import ComputeSpec
+
+_kept = jax.checkpoint_policies
+REMAT = {
+    "block": _kept.nothing_saveable,
+    "weights": _kept.dots_with_no_batch_dims_saveable,
+    "dots": _kept.dots_saveable,
+    "offload": _kept.offload_dot_with_no_batch_dims("device", "pinned_host"),
+}
+"""What the backward pass finds of a block beside its input, by `ComputeSpec.remat`."""
 
 
 class Embedding(nnx.Module):
@@ -276,19 +286,19 @@ class Stack(nnx.Module):
         self, key: Key[Array, ""], spec: TransformerSpec, stack: StackSpec, compute: ComputeSpec
     ):
         self.stack, self.compute = stack, compute
-        layers = [
-            Block(k, spec.d_model, block, spec.init, stack.num_layers, compute, spec.padded_vocab)
-            for k, block in zip(
-                jax.random.split(key, max(stack.num_layers, 1)), stack.blocks(), strict=False
-            )
-        ]
+        keys, blocks = jax.random.split(key, max(stack.num_layers, 1)), stack.blocks()
+        rest = (spec.init, stack.num_layers, compute, spec.padded_vocab)
+
+        def layer(i: int, key: Key[Array, ""]) -> Block:
+            return Block(key, spec.d_model, blocks[i], *rest)
+
         # Scanned: layer i of each period is stacked with its like; a last, broken period is not.
         period, repeats, _ = stack_layout(stack, compute)
+        whole = repeats * period
         self.stacked = nnx.List(
-            jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers[i : repeats * period : period])
-            for i in range(period if repeats else 0)
+            jax.vmap(partial(layer, i))(keys[i:whole:period]) for i in range(period * (repeats > 0))
         )
-        self.layers = nnx.List(layers[repeats * period :])
+        self.layers = nnx.List(layer(i, keys[i]) for i in range(whole, stack.num_layers))
         final = stack.final_norm
         self.final_norm = Norm(spec.d_model, final, compute) if final else None
         self.relative_bias = self._table(key, spec)
@@ -323,8 +333,8 @@ class Stack(nnx.Module):
             )
             return constrain(x, "batch", None, None), layer_cache, routing
 
-        if self.compute.remat == "block":
-            run = jax.checkpoint(run)
+        if self.compute.remat != "none":
+            run = jax.checkpoint(run, policy=REMAT[self.compute.remat])
         period, records = len(self.stacked), []
         if period and cache is None:
 
@@ -439,14 +449,14 @@ class Transformer(Stack):
         `ahead` (None: as `train`) has the modules of multi-token prediction run, where there are.
         """
         options["ahead"] = options.pop("ahead", options.get("train", False))
-        x, cache, routing, ahead = self._run(tokens, **options)
+        x, cache, routing, ahead = self.before_head(tokens, **options)
         return Output(self.logits(x), cache, routing, tuple(map(self.logits, ahead)))
 
     def hidden(
         self, tokens: Int32[Array, "b t"], **options
     ) -> tuple[Float[Array, "b t d"], Cache | None]:
         """The last layer's output, normed: what the head reads. `options` as in a call."""
-        x, cache, _, _ = self._run(tokens, **options)
+        x, cache, _, _ = self.before_head(tokens, **options)
         return x, cache
 
     def encode(
@@ -488,7 +498,7 @@ class Transformer(Stack):
         x = embedding(tokens, positions, embedding_key)
         return constrain(x.astype(self.compute.dtype), "batch", None, None), stack_key
 
-    def _run(
+    def before_head(
         self,
         tokens: Int32[Array, "b t"],
         *,
@@ -502,6 +512,7 @@ class Transformer(Stack):
         train: bool = False,
         ahead: bool = False,
     ) -> tuple[Float[Array, "b t d"], Cache | None, tuple[Routing, ...], tuple[Array, ...]]:
+        """As `forward`, with what the head reads in place of logits."""
         self._check_source(source, source_mask, cache)
         if mask is not None and cache is not None:
             raise AssayError("mask: a cache has lengths instead; give one of the two.")
@@ -552,7 +563,8 @@ class Transformer(Stack):
             def run(module, x, later, geometry=of_these, key=layer_key):
                 return module(x, later, geometry, key, **experts)
 
-            run = jax.checkpoint(run) if self.compute.remat == "block" else run
+            if self.compute.remat != "none":
+                run = jax.checkpoint(run, policy=REMAT[self.compute.remat])
             x, routing = run(module, x, later)
             made.append(x)
             records.append(routing)

@@ -237,15 +237,22 @@ class ComputeSpec(Spec):
     """How the arithmetic is done; never part of the architecture or of a checkpoint.
 
     Parameters are float32 always; `dtype` is that of the products and the residual stream.
-    `scan_layers` compiles one period of the stack instead of every layer. `remat` recomputes
-    blocks in the backward pass. `kernels`: auto picks the fast form for the device that JAX
-    runs on; plain is autodiff of the plain formula. `moe_dispatch` is how tokens get to their
-    experts (`model/moe.py`); auto is blocks on a CPU and ragged elsewhere.
+    `scan_layers` compiles one period of the stack instead of every layer. `remat` says what the
+    backward pass computes again: block, all but each block's input; weights, all but products
+    with weights (attention, activations and norms); dots, all but any product; offload, as
+    weights, with the products kept in the host's memory. `offload_optimizer` keeps the
+    optimizer's statistics there. `loss_chunk` is of how many tokens (of a device) logits stand at
+    a time; 0 is all, and by default it is what fits where all would be large. `kernels`: auto
+    picks the fast form for the device that JAX runs on; plain is autodiff of the plain formula.
+    `moe_dispatch` is how tokens get to their experts (`model/moe.py`); auto is blocks on a CPU
+    and ragged elsewhere.
     """
 
     dtype: Literal["float32", "bfloat16"] = "float32"
     scan_layers: bool = False
-    remat: Literal["none", "block"] = "none"
+    remat: Literal["none", "block", "weights", "dots", "offload"] = "none"
+    offload_optimizer: bool = False
+    loss_chunk: NonNegativeInt | None = None
     kernels: Literal["auto", "plain", "cpu", "flash"] = "auto"
     moe_dispatch: Literal["auto", "dense", "ragged", "blocks", "capacity"] = "auto"
 

@@ -140,7 +140,10 @@ def _train(
         update = jax.jit(step_function, donate_argnums=0)
     else:
         places = state_shardings(
-            jax.eval_shape(lambda: initial_state(run)), parameter_shardings(model, mesh), mesh
+            jax.eval_shape(lambda: initial_state(run)),
+            parameter_shardings(model, mesh),
+            mesh,
+            offload=run.compute.offload_optimizer,
         )
         rows = jax.sharding.NamedSharding(mesh, partition(("batch", None)))
         everywhere = jax.sharding.NamedSharding(mesh, partition(()))

@@ -3,14 +3,18 @@
 Axes: B batch, T tokens, E experts.
 """
 
+import math
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float32, Key
+from flax import nnx
+from jaxtyping import Array, Float, Float32, Int32, Key
 
 from assay.model.loss import token_losses
 from assay.model.moe import Routing
+from assay.model.sharding import batch_shards, on_batch_shards, summed_over_batch
 from assay.model.transformer import Transformer, shifted
 from assay.spec.model import TransformerSpec
 from assay.spec.run import TrainSpec
@@ -29,7 +33,7 @@ def summed_objective(
     that they count as much for each token; and `ahead_loss`, where there is multi-token
     prediction. Logged are `loss`, the cross-entropy, that, and `routing_metrics`.
     """
-    output = model.forward(
+    x, _, routing, ahead = model.before_head(
         batch["tokens"],
         source=batch.get("source"),
         source_mask=batch.get("source_mask"),
@@ -37,21 +41,15 @@ def summed_objective(
         segment_ids=batch.get("segment_ids"),
         key=key,
         train=True,
+        ahead=True,
     )
-    logits, routing = output.logits, output.routing
-    losses = token_losses(logits, batch["targets"])
-    objective = losses
-    if spec.label_smoothing or spec.z_loss:
-        log_z = jax.nn.logsumexp(logits, axis=-1)
-        uniform = log_z - jnp.mean(logits, axis=-1)  # cross-entropy against the uniform
-        objective = losses + spec.label_smoothing * (uniform - losses)
-        objective = objective + spec.z_loss * jnp.square(log_z)
-    weights = batch.get("weights")
-    if weights is not None:
-        losses, objective = losses * weights, objective * weights
-    objective, logged = jnp.sum(objective), {"loss": jnp.sum(losses)}
-    if output.ahead:
-        logged["ahead_loss"] = ahead_loss(output.ahead, batch)
+    targets, weights = batch["targets"], batch.get("weights")
+    if weights is None:
+        weights = jnp.ones(targets.shape, jnp.float32)
+    objective, loss = head_sums(model, spec, x, targets, weights)
+    logged = {"loss": loss}
+    if ahead:
+        logged["ahead_loss"] = ahead_loss(model, ahead, targets, weights, batch.get("segment_ids"))
         objective = objective + model.spec.multi_token.loss * logged["ahead_loss"]
     if routing:
         tokens = count_tokens(batch)
@@ -60,23 +58,155 @@ def summed_objective(
     return objective, logged
 
 
+def head_sums(
+    model: Transformer,
+    spec: TrainSpec,
+    x: Float[Array, "b t d"],
+    targets: Int32[Array, "b t"],
+    weights: Float32[Array, "b t"],
+) -> tuple[Float32[Array, ""], Float32[Array, ""]]:
+    """`sums` of what the head makes of x, a chunk at a time where its logits would be large."""
+    chunk = chunk_size(model, targets.shape)
+    if chunk:
+        return in_chunks(model, spec, chunk, x, targets, weights)
+    return sums(spec, model.logits(x), targets, weights)
+
+
+def sums(
+    spec: TrainSpec,
+    logits: Float32[Array, "*b v"],
+    targets: Int32[Array, "*b"],
+    weights: Float32[Array, "*b"],
+) -> tuple[Float32[Array, ""], Float32[Array, ""]]:
+    """(objective, cross-entropy), each summed over tokens by their weights."""
+    losses = token_losses(logits, targets)
+    objective = losses
+    if spec.label_smoothing or spec.z_loss:
+        log_z = jax.nn.logsumexp(logits, axis=-1)
+        uniform = log_z - jnp.mean(logits, axis=-1)  # cross-entropy against the uniform
+        objective = losses + spec.label_smoothing * (uniform - losses)
+        objective = objective + spec.z_loss * jnp.square(log_z)
+    return jnp.sum(objective * weights), jnp.sum(losses * weights)
+
+
+# ---------------------------------------------------------------------------- in chunks
+
+LARGE, CHUNK = 256 * 2**20, 64 * 2**20
+"""Bytes of a device's logits from which on they are made in chunks, and of a chunk's."""
+
+
+def chunk_size(model: Transformer, shape: tuple[int, int]) -> int:
+    """Of how many of a device's tokens logits are to stand at a time; 0 where of all."""
+    if model.head is None:
+        return 0
+    if model.compute.loss_chunk is not None:
+        return model.compute.loss_chunk
+    a_token = 4 * model.spec.padded_vocab
+    if math.prod(shape) // batch_shards() * a_token <= LARGE:
+        return 0
+    return max(128, CHUNK // a_token // 128 * 128)
+
+
+def in_chunks(
+    model: Transformer,
+    spec: TrainSpec,
+    chunk: int,
+    x: Float[Array, "b t d"],
+    targets: Int32[Array, "b t"],
+    weights: Float32[Array, "b t"],
+) -> tuple[Float32[Array, ""], Float32[Array, ""]]:
+    """`sums` of the model's logits, of which never more than a chunk of tokens stands.
+
+    The gradient is made on the way forward, chunk by chunk, while its logits are there: the
+    backward pass only scales it. The second result has none.
+    """
+    graph, head = nnx.split(model.head)
+    params = {"head": head}
+    if model.head.w is None:
+        params["table"] = model.embedding.table[...]
+
+    def chunk_sums(params, x, targets, weights):
+        logits = nnx.merge(graph, params["head"])(x, params.get("table"))
+        return sums(spec, logits[..., : model.spec.vocab_size], targets, weights)
+
+    return _chunked(chunk_sums, chunk, params, x, targets, weights)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _chunked(chunk_sums, chunk, params, x, targets, weights):
+    def one(params, *part):
+        return chunk_sums(params, *part), ()
+
+    return _over_chunks(one, chunk, params, x, targets, weights)[0]
+
+
+def _chunked_forward(chunk_sums, chunk, params, x, targets, weights):
+    def one(params, *part):
+        both, (dparams, dx) = jax.value_and_grad(chunk_sums, (0, 1), has_aux=True)(params, *part)
+        return (both, jax.tree.map(lambda g: g.astype(jnp.float32), dparams)), dx
+
+    (both, dparams), dx = _over_chunks(one, chunk, params, x, targets, weights)
+    return both, (dparams, dx, weights)
+
+
+def _chunked_backward(chunk_sums, chunk, saved, g):
+    dparams, dx, weights = saved
+    dparams = jax.tree.map(lambda d: d * g[0], dparams)
+    return dparams, (dx * g[0]).astype(dx.dtype), None, jnp.zeros_like(weights)
+
+
+_chunked.defvjp(_chunked_forward, _chunked_backward)
+
+
+def _over_chunks(one, chunk, params, x, targets, weights):
+    """(the sum of `one(...)[0]` over chunks and devices, its [1] (1, C, D) as (B, T, D)).
+
+    On a mesh every device goes through the chunks of its own rows, and sums are exchanged once at
+    the end.
+    """
+
+    def local(params, x, targets, weights):
+        n = targets.size
+        size = min(chunk, n)
+        count = -(-n // size)
+
+        def split(a):
+            a = a.reshape(n, *a.shape[2:])
+            a = jnp.pad(a, [(0, count * size - n)] + [(0, 0)] * (a.ndim - 1))
+            return a.reshape(count, 1, size, *a.shape[1:])
+
+        def body(total, part):
+            summed, rest = one(params, *part)
+            return jax.tree.map(jnp.add, total, summed), rest
+
+        parts = tuple(map(split, (x, targets, weights)))
+        shapes = jax.eval_shape(lambda: one(params, *(a[0] for a in parts))[0])
+        zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+        total, rest = jax.lax.scan(body, zeros, parts)
+        rest = jax.tree.map(lambda a: a.reshape(count * size, -1)[:n].reshape(x.shape), rest)
+        return summed_over_batch(total), rest
+
+    return on_batch_shards(local, whole=1, rows=3)(params, x, targets, weights)
+
+
 def ahead_loss(
-    ahead: tuple[Float32[Array, "b t v"], ...], batch: dict[str, Array]
+    model: Transformer,
+    ahead: tuple[Float[Array, "b t d"], ...],
+    targets: Int32[Array, "b t"],
+    weights: Float32[Array, "b t"],
+    segments: Int32[Array, "b t"] | None,
 ) -> Float32[Array, ""]:
     """The modules' cross-entropies of tokens further on, each summed, and their mean.
 
     Module k answers, at each place, with the token k + 1 places on. Nothing is asked beyond the
     row's end, nor of another segment (arXiv:2412.19437, equations 24 and 25).
     """
-    targets, segments = batch["targets"], batch.get("segment_ids")
-    weights = batch.get("weights")
-    weights = jnp.ones(targets.shape, jnp.float32) if weights is None else weights
-    total = jnp.float32(0)
-    for k, logits in enumerate(ahead, start=1):
+    total, plain = jnp.float32(0), TrainSpec()
+    for k, x in enumerate(ahead, start=1):
         counted = shifted(weights, k)
         if segments is not None:
             counted = counted * (shifted(segments, k) == segments)
-        total = total + jnp.sum(counted * token_losses(logits, shifted(targets, k)))
+        total = total + head_sums(model, plain, x, shifted(targets, k), counted)[0]
     return total / len(ahead)
 
 

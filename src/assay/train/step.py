@@ -47,7 +47,10 @@ def initial_state(run: RunSpec) -> TrainState:
     model = Transformer(run.model, run.compute, rngs=init_key)
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     tx = make_optimizer(run.optimizer, parameter_kinds(model))
-    return TrainState(params, tx.init(params), jnp.int32(0), train_key)
+    optimizer = tx.init(params)
+    if run.compute.offload_optimizer:
+        optimizer = moved(optimizer, jax.memory.Space.Host)
+    return TrainState(params, optimizer, jnp.int32(0), train_key)
 
 
 def make_step(run: RunSpec, abstract_model: Transformer) -> Step:
@@ -61,7 +64,7 @@ def make_step(run: RunSpec, abstract_model: Transformer) -> Step:
     kinds, rates = parameter_kinds(abstract_model), balance_rates(abstract_model)
     tx = make_optimizer(run.optimizer, kinds, run.compute.dtype)
     parts = run.train.accumulate
-    random = uses_randomness(run.model)
+    random, offload = uses_randomness(run.model), run.compute.offload_optimizer
 
     def gradients(params, batch, key):
         def objective(params):
@@ -94,7 +97,9 @@ def make_step(run: RunSpec, abstract_model: Transformer) -> Step:
         sums = jax.tree.map(lambda g: g * share, sums)
         grads = without_balance(sums, kinds)
         factor = schedule_factor(run.schedule, state.step, progress)
-        updates, optimizer = tx.update(grads, state.optimizer, state.params)
+        statistics = moved(state.optimizer, jax.memory.Space.Device) if offload else state.optimizer
+        updates, optimizer = tx.update(grads, statistics, state.params)
+        optimizer = moved(optimizer, jax.memory.Space.Host) if offload else optimizer
         params = jax.tree.map(lambda p, u: p + factor * u, state.params, updates)
         params = balanced(params, sums, rates)
         metrics = {
@@ -109,8 +114,18 @@ def make_step(run: RunSpec, abstract_model: Transformer) -> Step:
     return step
 
 
-def state_shardings(state: TrainState, params: dict, mesh: jax.sharding.Mesh) -> TrainState:
-    """Placings for a whole (abstract) state, given the parameters': statistics go with them."""
+def moved(optimizer: optax.OptState, space: jax.memory.Space) -> optax.OptState:
+    """The optimizer's arrays in the device's memory, or the host's; counts stay where they are."""
+    return jax.tree.map(lambda x: jax.device_put(x, space) if x.ndim else x, optimizer)
+
+
+def state_shardings(
+    state: TrainState, params: dict, mesh: jax.sharding.Mesh, *, offload: bool = False
+) -> TrainState:
+    """Placings for a whole (abstract) state, given the parameters': statistics go with them.
+
+    With `offload` the statistics lie in the host's memory.
+    """
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     by_path = {
         tuple(part.key for part in path): sharding
@@ -119,7 +134,8 @@ def state_shardings(state: TrainState, params: dict, mesh: jax.sharding.Mesh) ->
 
     def place(path, leaf):
         _, parameter_path = split_statistic(path)
-        return by_path.get(parameter_path, whole)
+        place = by_path.get(parameter_path, whole)
+        return place.with_memory_kind("pinned_host") if offload and leaf.ndim else place
 
     return TrainState(
         params, jax.tree_util.tree_map_with_path(place, state.optimizer), whole, whole
