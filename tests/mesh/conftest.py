@@ -18,14 +18,15 @@ SEQ_LEN = 16
 
 
 def small(name: str) -> TransformerSpec:
-    """The shrunk preset without dropout, at most one period of its pattern."""
+    """The shrunk preset without dropout, each stack one period of its pattern."""
     model = presets.shrink(presets.get(name).model)
-    periods = len(model.decoder.pattern)
-    changes = {
-        "embedding.dropout": 0.0,
-        "decoder.num_layers": min(model.decoder.num_layers, periods),
-    }
-    changes |= {"decoder.pattern.*.dropout": 0.0} if periods else {}
+    changes = {"embedding.dropout": 0.0}
+    if model.source_embedding is not None:
+        changes |= {"source_embedding.dropout": 0.0}
+    for side in ("decoder", "encoder"):
+        if (stack := getattr(model, side)) is not None and stack.num_layers:
+            changes |= {f"{side}.num_layers": min(stack.num_layers, len(stack.pattern))}
+            changes |= {f"{side}.pattern.*.dropout": 0.0}
     return model.changed(changes)
 
 
@@ -33,7 +34,9 @@ def run_of(model: TransformerSpec, mesh: MeshSpec, **compute) -> RunSpec:
     """Momentum's first statistic is the gradient itself."""
     return RunSpec(
         model=model,
-        data=DataSpec(seq_len=SEQ_LEN, batch_size=8),
+        data=DataSpec(
+            seq_len=SEQ_LEN, batch_size=8, packing="pairs" if model.encoder else "stream"
+        ),
         optimizer=SgdSpec(lr=0.1, momentum=0.9),
         schedule=ConstantSchedule(),
         compute=ComputeSpec(**compute),
@@ -65,7 +68,10 @@ class Trained:
 
 def batch_of(run: RunSpec) -> dict[str, np.ndarray]:
     drawn = np.random.default_rng(1).integers(0, run.model.vocab_size, (8, SEQ_LEN + 1), np.int32)
-    return {"tokens": drawn[:, :-1], "targets": drawn[:, 1:]}
+    batch = {"tokens": drawn[:, :-1], "targets": drawn[:, 1:]}
+    if run.model.encoder is not None:
+        batch |= {"source": drawn[:, :9], "source_mask": np.ones((8, 9), bool)}
+    return batch
 
 
 def trained(run: RunSpec, steps: int = 20) -> Trained:
