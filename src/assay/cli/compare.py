@@ -73,6 +73,7 @@ def _summary(results, folder: Path) -> dict[str, Any]:
     ]
     return {
         "out": str(folder),
+        "report": str(folder / "report.html"),
         "sentence": results.sentence,
         "complete": results.complete,
         "rows": rows,
