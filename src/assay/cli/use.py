@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -160,13 +161,29 @@ def evaluate(
     stride: Annotated[
         int | None, typer.Option(help="Less than a window: each token sees more before it.")
     ] = None,
+    task: Annotated[
+        str | None, typer.Option(help="hellaswag, arc_easy, piqa, winogrande, ... instead.")
+    ] = None,
+    task_data: Annotated[
+        Path | None, typer.Option(help="The task's documents: .jsonl, .json or .parquet.")
+    ] = None,
+    against: Annotated[
+        str | None, typer.Option(help="Another MODEL on the same task, paired.")
+    ] = None,
+    harness: Annotated[
+        str | None, typer.Option(help="Tasks of lm-evaluation-harness, by commas.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first documents.", min=1)] = None,
     dtype: WeightsDtype = "float32",
     as_json: Json = False,
 ) -> None:
-    """Loss, perplexity and bits per byte over the whole held-out part of a corpus.
+    """Loss, perplexity and bits per byte over the whole held-out part of a corpus; or a task.
 
     Example: assay eval runs/first --data python-docs
     """
+    if task is not None or harness is not None:
+        _evaluate_tasks(model, task, task_data, against, harness, limit, batch_size, dtype, as_json)
+        return
     from assay.data import corpora as files
     from assay.data import loader
     from assay.data.pairs import open_pairs
@@ -217,6 +234,87 @@ def evaluate(
             table.add_row(name, f"{value:.5g}" if isinstance(value, float) else str(value))
         out().print(table)
     emit({"model": model, "data": sources, "split": split, **asdict(result)}, as_json)
+
+
+def _evaluate_tasks(
+    model: str,
+    name: str | None,
+    file: Path | None,
+    against: str | None,
+    harness: str | None,
+    limit: int | None,
+    batch_size: int,
+    dtype: str,
+    as_json: bool,
+) -> None:
+    from assay.evaluate import tasks
+    from assay.loading import load
+
+    if dtype == "int8":
+        raise AssayError("--dtype: tasks are scored in float32 or bfloat16, found int8.")
+
+    def loaded(which: str):
+        found = load(which, dtype)
+        if found.tokenizer is None:
+            raise AssayError(f"{which}: it has no tokenizer, so no text can be scored by it.")
+        if found.model.spec.encoder is not None:
+            raise AssayError(f"{which}: tasks are for decoders; it has an encoder.")
+        return found
+
+    if harness is not None:
+        from assay.evaluate.harness import run_harness
+
+        subject = loaded(model)
+        results = run_harness(
+            subject.model, subject.tokenizer, harness.split(","), batch_size=batch_size, limit=limit
+        )
+        if not as_json:
+            table = Table("task", "metric", "value", box=None)
+            for of, metrics in results.items():
+                for metric, value in metrics.items():
+                    if isinstance(value, float):
+                        table.add_row(of, metric, f"{value:.4f}")
+            out().print(table)
+        emit({"model": model, "harness": results}, as_json)
+        return
+
+    one = tasks.task(name)
+    asked = tasks.questions(one, tasks.documents(one, file)[:limit])
+    results = {}
+    for which in filter(None, (model, against)):
+        subject = loaded(which)
+        results[which] = tasks.score(
+            subject.model, subject.tokenizer, one, asked, batch_size=batch_size
+        )
+    if not as_json:
+        table = Table("model", "accuracy", "± s.e.", "normalised", "examples", box=None)
+        for which, result in results.items():
+            norm = "-" if result.accuracy_norm is None else f"{result.accuracy_norm:.4f}"
+            row = (which, f"{result.accuracy:.4f}", f"{result.stderr:.4f}", norm)
+            table.add_row(*row, str(result.examples))
+        out().print(table)
+    result = results[model]
+    data = {
+        "model": model,
+        "task": result.task,
+        "accuracy": result.accuracy,
+        "accuracy_norm": result.accuracy_norm,
+        "stderr": result.stderr,
+        "examples": result.examples,
+    }
+    if against is not None:
+        other = results[against]
+        difference, interval = tasks.paired_difference(result.right, other.right)
+        data |= {
+            "against": against,
+            "against_accuracy": other.accuracy,
+            "difference": difference,
+            "difference_ci95": list(interval),
+        }
+        if not as_json:
+            low, high = interval
+            out().print(f"difference {difference:+.4f}, 95 % between {low:+.4f} and {high:+.4f}")
+    emit(data, as_json)
 
 
 @app.command()

@@ -23,6 +23,7 @@ ENVIRONMENT = {
     "TPU_ACCELERATOR_TYPE": "v5p-128",  # any: the topology is named when compiling
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_WORKER_ID": "0",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # two plans may be made at once
 }
 
 

@@ -1,0 +1,137 @@
+"""EleutherAI's lm-evaluation-harness on our models: its official tasks, our forward.
+
+The `harness` extra. `AssayLM` is what the harness calls a model: log-likelihoods of continuations
+(contexts shared by several are computed once), of whole texts in windows, and greedy texts.
+"""
+
+from typing import Any
+
+from assay.data.tokenizers import Tokenizer
+from assay.errors import AssayError
+from assay.evaluate.likelihood import loglikelihoods
+from assay.generate.text import complete_batch
+from assay.model.transformer import Transformer
+
+
+def harness_model(model: Transformer, tokenizer: Tokenizer, *, batch_size: int = 8) -> Any:
+    """The model as lm-evaluation-harness' `LM`.
+
+    Raises:
+        AssayError: if the harness is not installed, or the tokenizer has no token that starts a
+            document.
+    """
+    try:
+        from lm_eval.api.model import TemplateLM
+        from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+    except ImportError:
+        raise AssayError(
+            "--harness: it needs the 'harness' extra; pip install 'assay[harness]'."
+        ) from None
+    if tokenizer.bos_id is None:
+        raise AssayError("--harness: the tokenizer has no token that starts a document.")
+
+    class AssayLM(TemplateLM):
+        """Requests in, answers out, in the order that they came."""
+
+        @property
+        def eot_token_id(self) -> int:
+            return tokenizer.eos_id if tokenizer.eos_id is not None else tokenizer.bos_id
+
+        @property
+        def prefix_token_id(self) -> int:
+            return tokenizer.bos_id
+
+        def tok_encode(
+            self, string: str, add_special_tokens: bool | None = None, **_: Any
+        ) -> list[int]:
+            return list(map(int, tokenizer.encode(string)))
+
+        def _loglikelihood_tokens(self, requests, **_: Any) -> list[tuple[float, bool]]:
+            pairs = [(context, continuation) for _, context, continuation in requests]
+            found = loglikelihoods(model, pairs, batch_size=batch_size)
+            return [(one.nats, one.greedy) for one in found]
+
+        def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
+            totals = []
+            for request in requests:
+                windows = get_rolling_token_windows(
+                    token_list=self.tok_encode(request.args[0]),
+                    prefix_token=self.prefix_token_id,
+                    max_seq_len=model.spec.context,
+                    context_len=1,
+                )
+                pairs = [make_disjoint_window(window) for window in windows]
+                found = loglikelihoods(model, pairs, batch_size=batch_size)
+                totals.append(sum(one.nats for one in found))
+            return totals
+
+        def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
+            texts: list[str] = []
+            for start in range(0, len(requests), batch_size):
+                part = requests[start : start + batch_size]
+                settings = [request.args[1] for request in part]
+                for one in settings:
+                    _only_greedy(one)
+                stops = {tuple(_stops(one)) for one in settings}
+                if len(stops) > 1:  # each row would need its own
+                    texts += [self.generate_until([request])[0] for request in part]
+                    continue
+                new = [int(one.get("max_gen_toks", 256)) for one in settings]
+                prompts = [self._shortened(r.args[0], n) for r, n in zip(part, new, strict=True)]
+                done = complete_batch(
+                    model,
+                    tokenizer,
+                    prompts,
+                    max_new_tokens=new,
+                    stop=stops.pop(),
+                    temperature=0.0,
+                )
+                texts += [one.text for one in done]
+            return texts
+
+        def _shortened(self, prompt: str, new: int) -> list[int]:
+            """The prompt's last tokens, so that the new ones have room in the context."""
+            room = max(1, model.spec.context - new)
+            return self.tok_encode(prompt)[-room:] or [tokenizer.bos_id]
+
+    return AssayLM()
+
+
+def _stops(settings: dict[str, Any]) -> list[str]:
+    until = settings.get("until", [])
+    return [until] if isinstance(until, str) else list(until)
+
+
+def _only_greedy(settings: dict[str, Any]) -> None:
+    if settings.get("do_sample") or float(settings.get("temperature") or 0) > 0:
+        raise AssayError("--harness: a task asks for sampled text; only greedy text is made.")
+
+
+def run_harness(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    tasks: list[str],
+    *,
+    batch_size: int = 8,
+    limit: int | None = None,
+    include_path: str | None = None,
+) -> dict[str, dict[str, Any]]:
+    """The harness' own results of its tasks, by task: {metric: value}.
+
+    `include_path` is a folder of further task files (YAML), as the harness takes them.
+
+    Raises:
+        AssayError: if a task is unknown to the harness.
+    """
+    adapter = harness_model(model, tokenizer, batch_size=batch_size)
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=include_path)
+    for name in tasks:
+        if name not in manager.all_tasks:
+            raise AssayError(f"--harness: the harness has no task '{name}'.")
+    results = simple_evaluate(
+        model=adapter, tasks=list(tasks), limit=limit, task_manager=manager, bootstrap_iters=0
+    )
+    return results["results"]
