@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+from assay.bench import train as bench
 from assay.bench.train import bench_train, torch_twin
 from assay.errors import AssayError
 from assay.model.transformer import Transformer, named_parameters
@@ -66,12 +67,15 @@ def test_the_twin_gives_our_logits(name):
     np.testing.assert_allclose(jax.jit(lambda m, t: m(t))(model, tokens), theirs, atol=1e-4)
 
 
-def test_a_bench_gives_figures_of_both():
+def test_a_bench_gives_figures_of_both(monkeypatch):
+    monkeypatch.setattr(bench, "COMPILE_LIMIT", 0.01)  # torch.compile takes a minute
     run = PRESETS["tiny-gpt"].run.changed(
         {"model.decoder.num_layers": 1, "data.batch_size": 2, "data.seq_len": 8}
     )
     result = bench_train(run, against="torch", rounds=1)
     assert result.ours.median > 0
+    assert result.theirs == result.forms[result.better]
+    assert result.theirs.median == max(form.median for form in result.forms.values())
     assert result.ratio.median == pytest.approx(result.ours.median / result.theirs.median)
     assert abs(result.first_loss - result.their_first_loss) < 0.5
 

@@ -8,7 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from assay.model.layers import ACTIVATIONS, Linear, Mlp, Norm, activate, dropout, product
+from assay.model.layers import (
+    ACTIVATIONS,
+    Linear,
+    Mlp,
+    Norm,
+    activate,
+    dropout,
+    glu,
+    normalise,
+    product,
+)
 from assay.model.sharding import initial_values
 from assay.model.transformer import Transformer, abstract, named_parameters
 from assay.spec import presets
@@ -83,6 +93,34 @@ def test_cpu_activations(activation):
         for cpu in (True, False)
     )
     for a, b in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(a, b, **CLOSE)
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu", "relu"])
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS.keys())
+def test_cpu_gated_units(transform, activation):
+    gate, up = normal(0, 2, 3, 7), normal(1, 3, 7)
+
+    def units(gate, up, cpu):
+        return glu(gate, jnp.broadcast_to(up, gate.shape), activation, cpu=cpu)
+
+    found = value_and_gradients(transform(partial(units, cpu=True)), gate, up)
+    for a, b in zip(found, value_and_gradients(partial(units, cpu=False), gate, up), strict=True):
+        np.testing.assert_allclose(a, b, **CLOSE)
+
+
+@pytest.mark.parametrize("centred", [True, False])
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS.keys())
+def test_cpu_norms(transform, centred, affine):
+    x, scale = normal(0, 2, 3, 6), normal(1, 6)
+
+    def norm(x, scale, cpu):
+        scale, bias = (scale, 2 * scale) if affine else (None, None)
+        return normalise(x, scale, bias, centred=centred, epsilon=1e-5, cpu=cpu)
+
+    found = value_and_gradients(transform(partial(norm, cpu=True)), x, scale)
+    for a, b in zip(found, value_and_gradients(partial(norm, cpu=False), x, scale), strict=True):
         np.testing.assert_allclose(a, b, **CLOSE)
 
 
