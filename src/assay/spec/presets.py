@@ -898,7 +898,7 @@ register(
         data=DataSpec(tokenizer=CharTokenizerSpec(), seq_len=64, batch_size=12),
         optimizer=MuonSpec(lr=0.03, adam_lr=5e-3),
         schedule=LinearSchedule(warmup=0),
-        train=TrainSpec(budget=BudgetSpec(amount=600)),
+        train=TrainSpec(budget=BudgetSpec(amount=320), eval_every=320),
         compute=ComputeSpec(dtype="bfloat16"),
     ),
 )
