@@ -21,6 +21,7 @@ from assay.compare.runner import compare
 from assay.compare.worker import perform
 from assay.data import loader
 from assay.errors import AssayError
+from assay.spec import presets
 
 # A bigram, so that its check and its steps cost next to nothing.
 FILE = """
@@ -192,11 +193,21 @@ amount = {steps}
 seeds = {seeds}
 [variants.honest]
 [variants.prophet]
-set."model.decoder.causal" = false
+set."model.decoder.pattern.*.feed_forward.hidden" = 256
 """
 
 
-def test_a_variant_that_sees_the_future_is_refused_with_the_place(write, here, tmp_path):
+def test_a_variant_that_sees_the_future_is_refused_with_the_place(
+    write, here, tmp_path, monkeypatch
+):
+    """No run's spec can say so; the check is what would find a part that does it all the same."""
+    shrink = presets.shrink
+
+    def leaking(model):
+        wide = model.decoder.pattern[0].feed_forward.hidden == 512
+        return shrink(model).at("decoder.causal", wide)
+
+    monkeypatch.setattr(presets, "shrink", leaking)
     with pytest.raises(
         AssayError,
         match=r"variants\.prophet: it sees the future.* logits of token \d+ moved when .* \d+",
@@ -207,7 +218,9 @@ def test_a_variant_that_sees_the_future_is_refused_with_the_place(write, here, t
 
 
 def test_an_exception_that_a_spec_declares_is_a_flag(write, here, tmp_path):
-    text = LEAK.replace('set."model.decoder.causal" = false', 'set."{path}" = {{ {moe} }}')
+    text = LEAK.replace(
+        'set."model.decoder.pattern.*.feed_forward.hidden" = 256', 'set."{path}" = {{ {moe} }}'
+    )
     text = text.replace("{path}", "model.decoder.pattern.*.feed_forward").replace(
         "{moe}",
         'kind = "moe", experts = 4, expert = {{ hidden = 32 }}, '
@@ -239,7 +252,8 @@ def test_rates_are_tuned_at_equal_cost_and_the_best_is_used(write, here, tmp_pat
 
 
 def test_a_run_that_diverges_is_recorded_and_holds_the_verdict(write, here, tmp_path):
-    text = FILE.replace('lr" = 20.0', 'lr" = 1e38')
+    text = FILE + 'set."train.z_loss" = 1.0\n'  # the square of 1e35 is no number
+    text = text.replace('lr" = 20.0', 'lr" = 1e38')
     results = compare(write(text, steps=20, seeds=2), tmp_path / "out")
     assert [run.status for run in results.runs] == ["done", "failed"] * 2
     assert "seeds failed" in results.rows[1].flags[-1]
@@ -258,7 +272,11 @@ def test_seeds_stop_once_every_pair_is_decided(write, here, tmp_path):
 
 
 def test_a_ladder_is_fitted_and_extrapolated(write, here, tmp_path):
-    text = FILE + "".join(f"[ladder.r{n}]\namount = {n}\n" for n in (5, 10, 20))
+    model = '"model.decoder.num_layers" = 0, "model.decoder.pattern" = []'  # a table and a head
+    text = FILE.replace('"bigram"', '"tiny-gpt"').replace(
+        'optimizer = "sgd"', f'{model}, optimizer = "sgd"'
+    )
+    text = text + "".join(f"[ladder.r{n}]\namount = {n}\n" for n in (5, 10, 20))
     results = compare(write(text, seeds=1), tmp_path / "out", target_flops=1e8)
     assert [row.name for row in results.rows if row.variant == "fast"] == [
         "fast@r5", "fast@r10", "fast@r20",

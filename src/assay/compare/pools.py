@@ -57,6 +57,7 @@ class Processes:
     def __init__(self, jobs: int, log: Path, held: Sequence[int] = ()):
         self.jobs, self.log, self.held = jobs, log, tuple(held)
         self.processes: list[subprocess.Popen] = []
+        self.listeners: list[threading.Thread] = []
         self.doing: dict[int, Task] = {}
         self.answers: queue.SimpleQueue[tuple[int, Answer | None]] = queue.SimpleQueue()
 
@@ -101,12 +102,15 @@ class Processes:
                 pass_fds=self.held,
             )
         self.processes.append(process)
-        threading.Thread(target=self._listen, args=(number, process), daemon=True).start()
+        listener = threading.Thread(target=self._listen, args=(number, process), daemon=True)
+        listener.start()
+        self.listeners.append(listener)
         return number
 
     def _listen(self, number: int, process: subprocess.Popen) -> None:
-        for line in process.stdout:
-            self.answers.put((number, json.loads(line)))
+        with process.stdout as lines:
+            for line in lines:
+                self.answers.put((number, json.loads(line)))
         self.answers.put((number, None))
 
     def _died(self, number: int) -> AssayError:
@@ -127,6 +131,8 @@ class Processes:
             process.stdin.close()  # ends it
         for process in self.processes:
             process.wait()
+        for listener in self.listeners:  # each closes what it read from
+            listener.join()
 
 
 # ---------------------------------------------------------------------------- Ray

@@ -392,7 +392,7 @@ def _scaling(
     ladders = {}
     for variant in plan.experiment.variants:
         done = [run for run in runs if run.variant == variant and run.val_bpb is not None]
-        if done:
+        if done and all(run.train_flops > 0 for run in done):  # a table of bigrams has none
             ladders[variant] = scaling.Ladder.of(
                 [run.active_params for run in done],
                 [run.tokens for run in done],
