@@ -11,6 +11,7 @@ from assay.plan.work import blocks_of, expert_parameters, mesh_sizes, parameter_
 from assay.spec.accounting import BYTES, kv_bytes_per_token, parameters
 from assay.spec.model import BlockSpec, MlpSpec, MoeSpec
 from assay.spec.run import RunSpec
+from assay.train.loss import CHUNK, LARGE
 
 STATISTICS = {"adamw": 2, "muon": 1, "sgd": 0}
 """Float32 numbers a parameter that an optimizer keeps (Muon's tables keep two, not counted)."""
@@ -62,8 +63,16 @@ def training_memory(run: RunSpec, recompute: str, *, flash: bool = True) -> Memo
         + (held * width if width < 4 and mesh["fsdp"] == 1 else 0),
         activations=tokens * kept * width,
         working=tokens * largest * width,
-        logits=tokens * vocabulary * 2 * 4 if spec.head is not None else 0,
+        logits=2 * _logits(run, tokens * vocabulary * 4) if spec.head is not None else 0,
     )
+
+
+def _logits(run: RunSpec, size: float) -> float:
+    """Bytes of the logits that stand at a time: all, or where those would be large a chunk."""
+    chunk = run.compute.loss_chunk
+    if chunk is not None:
+        return size if chunk == 0 else min(size, 4 * chunk * run.model.padded_vocab)
+    return size if size < LARGE else CHUNK
 
 
 def cache_memory(run: RunSpec, rows: int, tokens: int) -> float:
@@ -78,7 +87,7 @@ def _kept(block: BlockSpec, d: int, tensor: int, recompute: str) -> float:
             return d
         case "mlp":
             return 2 * d + _attention(block, d, tensor)
-        case "dots":
+        case "dots" | "weights":
             return 3 * d + _attention(block, d, tensor) + _hidden(block, d) / tensor
     return _everything(block, d, tensor)
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from assay.errors import AssayError
+from assay.errors import AssayError, did_you_mean
 from assay.plan.compiled import Compiled, DoesNotFitError, can_compile, compile_step
 from assay.plan.memory import Memory, training_memory
 from assay.plan.roofline import Speed, predict
@@ -19,8 +19,17 @@ from assay.spec.run import MeshSpec, RunSpec
 USABLE = 0.92
 """The share of a device's memory that a program may have: the rest is the runtime's."""
 
-POLICIES = {"none": "none", "block": "block"}
-"""ComputeSpec.remat -> what the backward pass computes again (`plan/work.py`), fastest first."""
+POLICIES = {
+    "none": "none",
+    "dots": "dots",
+    "weights": "weights",
+    "offload": "weights",
+    "block": "block",
+}
+"""ComputeSpec.remat -> what the backward pass computes again (`plan/work.py`)."""
+
+AUTO = ("none", "weights", "block")
+"""What `auto` tries, fastest first."""
 
 TPU_KERNELS = "flash"
 """The kernels that `auto` means on a TPU."""
@@ -105,8 +114,10 @@ def make_plan(run: RunSpec, topology: Topology, remat: str = "auto", *, compile:
     """
     run = for_target(on_mesh(run, topology), topology)
     if remat != "auto":
+        if remat not in POLICIES:
+            raise AssayError(f"remat: '{remat}' is no policy; {did_you_mean(remat, POLICIES)}")
         return _plan(run.at("compute.remat", remat), topology, compile)
-    candidates = [run.at("compute.remat", policy) for policy in POLICIES]
+    candidates = [run.at("compute.remat", policy) for policy in AUTO]
     roomy = [c for c in candidates if _plan(c, topology, False).fits] or candidates[-1:]
     for candidate in roomy:
         plan = _plan(candidate, topology, compile)
@@ -189,7 +200,7 @@ def search(run: RunSpec, topology: Topology, *, most: int = 8) -> list[Plan]:
                 continue
             fitting = [
                 plan
-                for policy in POLICIES
+                for policy in AUTO
                 if (plan := _plan(candidate.at("compute.remat", policy), topology, False)).fits
             ]
             plans += fitting

@@ -15,9 +15,10 @@ from assay.spec.accounting import BYTES, flops_per_token, mean_keys, parameters
 from assay.spec.model import BlockSpec, MlpSpec, MoeSpec, TransformerSpec
 from assay.spec.run import MeshSpec, RunSpec
 
-RECOMPUTED = ("none", "dots", "mlp", "block")
-"""What the backward pass computes again, least first: nothing; all but products; also a
-feed-forward's first products; all of a block but its last product, whose output nobody needs."""
+RECOMPUTED = ("none", "dots", "weights", "mlp", "block")
+"""What the backward pass computes again, least first: nothing; all but products; also attention's
+products; a feed-forward's first products in their stead, attention kept; all of a block but its
+last product, whose output nobody needs."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def step_work(run: RunSpec, recompute: str, *, fused: bool = True, flash: bool =
     share = 1 / mesh["tensor"]
     forward = sum(products.values())
     flops = 3 * forward + again[recompute]
-    again_too = recompute == "block"
+    again_too = recompute in ("weights", "block")
     if flash:  # the scores are computed again on the way back: 2.5 times forward
         scores = a_key * _seen(spec, run.data.seq_len) * (3.5 + again_too)
     else:
@@ -89,6 +90,7 @@ def _flops(spec: TransformerSpec) -> tuple[dict[str, float], dict[str, float], f
     again = {
         "none": 0.0,
         "dots": 0.0,
+        "weights": 0.0,
         "mlp": products["feed_forward"] - last,
         "block": inside - last,
     }
