@@ -92,9 +92,14 @@ def test_the_chat_template_is_rendered_as_theirs(ours, their_tokenizer):
 
 
 def test_greedy_text_is_theirs(ours, theirs, their_tokenizer):
-    """64 tokens on 10 prompts, each model by its own tokenizer, cache and loop.
+    """64 tokens on 10 prompts, each model by its own tokenizer.
 
-    In the same batch a question in the chat template, whose answer ends at its turn.
+    Ours generates by its cache and loop; theirs reads each prompt and our ids in one forward, and
+    its argmax at every place must be our next id. That is equality with its greedy text: the
+    first id is its choice after the prompt, so the second is read behind what it chose itself,
+    and so on to the last. A near-tie that falls the other way fails.
+
+    In our batch is also a question in the chat template, whose answer ends at its turn.
     """
     question = {"role": "user", "content": "What is the capital of France?"}
     asked = chat.encode(ours.tokenizer, [question])
@@ -106,15 +111,20 @@ def test_greedy_text_is_theirs(ours, theirs, their_tokenizer):
         temperature=0.0,
         stop_tokens=chat.end_of_turn_ids(ours.tokenizer),
     )
-    their_tokenizer.padding_side = "left"
-    batch = their_tokenizer(PROMPTS, add_special_tokens=False, padding=True, return_tensors="pt")
-    with torch.no_grad():
-        ids = theirs.generate(**batch, max_new_tokens=NEW, do_sample=False)
+    prompts = their_tokenizer(PROMPTS, add_special_tokens=False)["input_ids"]
+    rows = [torch.tensor(prompt + ended.ids) for prompt, ended in zip(prompts, found, strict=True)]
+    # Padded on the right, where no place sees it.
+    batch = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    with torch.inference_mode():
+        choices = theirs(input_ids=batch, use_cache=False).logits.argmax(-1).tolist()
     assert len(found) == len(PROMPTS) == 10
-    for prompt, ended, row in zip(PROMPTS, found, ids, strict=True):
-        wanted = row[batch["input_ids"].shape[1] :]
-        text = their_tokenizer.decode(wanted, skip_special_tokens=True)
-        assert ended.text == text, prompt
-        assert len(ended.ids) == NEW or ended.finish_reason == "stop"
+    for text, prompt, ended, chosen in zip(PROMPTS, prompts, found, choices, strict=True):
+        wanted = chosen[len(prompt) - 1 :][: len(ended.ids) + 1]
+        assert ended.ids == wanted[:-1], text
+        assert ended.text == their_tokenizer.decode(ended.ids, skip_special_tokens=True), text
+        if ended.finish_reason == "stop":
+            assert wanted[-1] == theirs.config.eos_token_id, text
+        else:
+            assert len(ended.ids) == NEW
     assert "Paris" in answer.text
     assert answer.finish_reason == "stop"

@@ -204,7 +204,7 @@ def _print_design(plan, found) -> None:
 @app.command()
 def report(
     source: Annotated[
-        Path, typer.Argument(help="A comparison's folder, or a CSV with columns '<run> - loss'.")
+        Path, typer.Argument(help="A comparison's folder, or a CSV with columns 'RUN - loss'.")
     ],
     out_folder: Annotated[
         Path | None, typer.Option("--out", help="Where to; by default the source's own folder.")
