@@ -46,15 +46,15 @@ def convert(
 ) -> None:
     """A checkpoint in another form, whole or not at all; never over what is there.
 
-    Example: assay convert runs/first exported --to hf
+    Example: assay convert model.gguf exported --to hf
     """
-    from assay.cli.train import _mesh
+    from assay.cli.train import mesh_of
     from assay.interop.convert import convert as run_conversion
     from assay.loading import open_source
     from assay.model.sharding import make_mesh
     from assay.spec.run import MeshSpec
 
-    devices = make_mesh(MeshSpec(**_mesh(mesh))) if mesh else None
+    devices = make_mesh(MeshSpec(**mesh_of(mesh))) if mesh else None
     opened = open_source(source)
     columns = (TextColumn("writing"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, console=_stderr(), disable=quiet, transient=True) as bar:
