@@ -76,6 +76,14 @@ def _new(width: float = 8, height: float = 4.8, **grid: int):
     return figure, axes
 
 
+def _short(ax) -> None:
+    """Few ticks on x, in few characters: 200k, 3.5T."""
+    from matplotlib.ticker import EngFormatter, MaxNLocator
+
+    ax.xaxis.set_major_locator(MaxNLocator(6))
+    ax.xaxis.set_major_formatter(EngFormatter(sep=""))
+
+
 def plain(text: str) -> str:
     """A name as Matplotlib should draw it: no mathematics in it."""
     return text.replace("$", r"\$")
@@ -98,20 +106,28 @@ def _curves(curve: Mapping[str, Any], axis: str) -> "Figure":
     ax.set_ylabel(curve["label"])
     ax.set_title("mean over seeds, with the planned-n 95 % band of each place", fontsize=9)
     ax.legend(frameon=False)
+    _short(ax)
     _clip_start(ax, curve["series"], axis)
     return figure
 
 
 def _clip_start(ax, series: Sequence[Mapping[str, Any]], axis: str) -> None:
-    """Shows the last nine tenths of the way at full height: the first fall would flatten all."""
-    late = []
+    """Shows the last nine tenths of the way at full height: the first fall would flatten all.
+
+    Bands are shown as far down as the means are spread, since those of 2 seeds would too.
+    """
+    late, edges = [], []
     for entry in series:
         if axis in entry["axes"]:
-            x, y = (_array(entry["axes"][axis][name]) for name in ("x", "mean"))
-            late += [*y[x >= x[0] + (x[-1] - x[0]) * 0.1]] if len(x) else []
+            x, y, low = (_array(entry["axes"][axis][name]) for name in ("x", "mean", "low"))
+            shown = x >= x[0] + (x[-1] - x[0]) * 0.1
+            late += [*y[shown]]
+            edges += [*low[shown & np.isfinite(low)]]
     if late:
         low, high = min(late), max(late)
-        ax.set_ylim(low - 0.05 * (high - low or 1), high + 0.25 * (high - low or 1))
+        gap = high - low or 1
+        bottom = max(min([low, *edges]), low - gap)
+        ax.set_ylim(bottom - 0.05 * gap, high + 0.25 * gap)
 
 
 def _forest(data: Mapping[str, Any]) -> "Figure":
@@ -182,6 +198,7 @@ def _pareto(rows: Sequence[Mapping[str, Any]]) -> "Figure":
             zorder=0,
         )
         ax.set_xlabel(label)
+        _short(ax)
     for ax in axes[::2]:
         ax.set_ylabel("held-out bits per byte")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)

@@ -66,18 +66,21 @@
   };
 
   // A first fall from a random model would flatten all that matters: begin below it.
-  function range(values, log) {
+  // Bands are shown as far down as the means are spread: those of 2 seeds would flatten them too.
+  function range(values, edges, log) {
     const late = values.filter((v) => v !== null && isFinite(v));
     if (!late.length) return undefined;
     const low = Math.min(...late), high = Math.max(...late), gap = high - low || Math.abs(high) || 1;
-    const ends = [low - 0.05 * gap, high + 0.2 * gap];
-    return log ? [Math.log10(Math.max(ends[0], low * 0.98)), Math.log10(ends[1])] : ends;
+    const bottom = Math.max(Math.min(low, ...edges.filter((v) => v !== null)), low - gap);
+    const ends = [bottom - 0.05 * gap, high + 0.2 * gap];
+    return log ? [Math.log10(Math.max(ends[0], low / 2)), Math.log10(ends[1])] : ends;
   }
 
   if (at("curves")) {
     const draw = paint("curves", () => {
       const curve = data.curves[Number(at("kind").value)], axis = at("axis").value, w = weight();
-      const logX = at("log-x").checked, logY = at("log-y").checked, traces = [], late = [];
+      const logX = at("log-x").checked, logY = at("log-y").checked;
+      const traces = [], late = [], edges = [];
       curve.series.forEach((series) => {
         const band = series.axes[axis];
         if (!band) return;
@@ -87,6 +90,7 @@
         mean.forEach((v, i) => { if (band.x[i] >= start) late.push(v); });
         if (at("bands").checked && band.low[0] !== null) {
           const low = smooth(band.low, w), high = smooth(band.high, w);
+          low.forEach((v, i) => { if (band.x[i] >= start) edges.push(v); });
           traces.push({ x: band.x.concat([...band.x].reverse()), y: high.concat([...low].reverse()),
             fill: "toself", fillcolor: faded(c, 0.18), line: { width: 0 }, mode: "lines",
             hoverinfo: "skip", showlegend: false, legendgroup: series.name });
@@ -99,7 +103,7 @@
       return [traces, { annotations: declared(w), hovermode: narrow() ? "closest" : "x",
         xaxis: { title: { text: data.axes[axis] }, type: logX ? "log" : "linear", exponentformat: "SI" },
         yaxis: { title: { text: curve.label }, type: logY ? "log" : "linear",
-          range: range(late, logY) } }];
+          range: range(late, edges, logY) } }];
     });
     listen(draw, "kind", "axis", "log-x", "log-y", "bands", "smoothing");
   }
