@@ -109,6 +109,12 @@ def test_a_mesh_that_does_not_divide_is_named(run, tmp_path):
         train(run.changed({"mesh.tensor": 2, "mesh.data": 8}), tmp_path / "out2")
 
 
+EXPECTED = {
+    *("train/loss", "train/lr", "train/grad_norm", "train/tokens", "train/tokens_per_second"),
+    *("val/loss", "val/bpb"),
+}
+
+
 def test_tensorboard_gets_the_names_people_expect(run, tmp_path):
     from tensorboardX.proto import event_pb2
 
@@ -121,8 +127,48 @@ def test_tensorboard_gets_the_names_people_expect(run, tmp_path):
         event = event_pb2.Event.FromString(raw[12 : 12 + size])
         raw = raw[16 + size :]
         names |= {value.tag: value.simple_value for value in event.summary.value}
-    assert {"train/loss", "train/lr", "train/grad_norm", "val/loss", "val/bpb"} <= names.keys()
+    assert names.keys() >= EXPECTED
     assert names["train/loss"] == pytest.approx(lines(out)[-1]["loss"])
+
+
+def wandb_records(path):
+    """The records of a W&B file, read by hand: LevelDB's log in blocks of 32 KiB."""
+    from wandb.proto import wandb_internal_pb2
+
+    raw, at, parts = path.read_bytes(), 7, b""
+    assert raw[:4] == b":W&B"
+    while at + 7 <= len(raw):
+        if 32768 - at % 32768 < 7:  # too little for a header: filled with zeros
+            at += 32768 - at % 32768
+            continue
+        size, kind = int.from_bytes(raw[at + 4 : at + 6], "little"), raw[at + 6]
+        parts += raw[at + 7 : at + 7 + size]
+        at += 7 + size
+        if kind in (1, 4):  # whole, or the last part
+            yield wandb_internal_pb2.Record.FromString(parts)
+            parts = b""
+
+
+def test_wandb_gets_the_same_offline(run, tmp_path):
+    """And a run that goes on is the same one."""
+    out = tmp_path / "out"
+    run = run.changed({"train.budget.amount": 20})
+    train(run, out, trackers=("wandb",), stop_at=10)
+    train(run, out, trackers=("wandb",), resume=True)
+    first, second = sorted((out / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert first.stem == second.stem
+    history, config = {}, {}
+    for record in [*wandb_records(first), *wandb_records(second)]:
+        values = {(i.key or "/".join(i.nested_key)): i.value_json for i in record.history.item}
+        if values:
+            values = {name: json.loads(value) for name, value in values.items()}
+            history.setdefault(values["_step"], {}).update(values)
+        config |= {i.key: json.loads(i.value_json) for i in record.run.config.update}
+    assert history.keys() == {10, 20}
+    assert history[20].keys() >= EXPECTED
+    for line in lines(out):
+        assert history[line["step"]]["train/loss"] == pytest.approx(line["loss"])
+    assert config["seed"] == run.seed
 
 
 def test_run_json_gives_the_run_back(run, tmp_path):

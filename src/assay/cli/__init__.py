@@ -5,6 +5,7 @@ import sys
 from assay.cli import (  # noqa: F401, each adds its commands
     compare,
     convert,
+    data,
     describe,
     measure,
     plan,

@@ -11,7 +11,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -99,10 +99,15 @@ class TextCorpus:
 
 @dataclass(frozen=True)
 class TokenCorpus:
-    """Ids [tokens] as they were found, without text. Each array is taken as one document."""
+    """Ids [tokens] as they were found, without text. Each array is taken as one document.
+
+    prepared: the folder that `prepare` made, which holds the tokenizer; its arrays are one row,
+        cut only for their size, in which an end-of-document id ends each document.
+    """
 
     name: str
     ids: "Joined"
+    prepared: Path | None = None
     kind: ClassVar[str] = "tokens"
 
     @property
@@ -112,7 +117,7 @@ class TokenCorpus:
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over the ids as little-endian int64, and the arrays' lengths."""
-        digest = hashlib.sha256()
+        digest = hashlib.sha256(b"one row " if self.prepared else b"")
         for array in self.ids.arrays:
             digest.update(f"{len(array)} ".encode())
             for start in range(0, len(array), 1 << 20):
@@ -276,6 +281,10 @@ def open_corpus(name: str) -> Corpus:
         return TextCorpus(name, _not_empty(name, lambda: _hugging_face(name)))
     if name in PAIRS or Path(name).suffix == ".tsv":
         raise AssayError(f"{name}: {_ONLY_PAIRS}")
+    from assay.data import prepare
+
+    if (manifest := prepare.read_manifest(folder := Path(name).expanduser())) is not None:
+        return prepare.open_prepared(folder, manifest)
     files = files_of(name)
     tokens = [file for file in files if file.suffix in TOKENS]
     if not tokens:
@@ -489,7 +498,7 @@ def split(corpus: Corpus, held_out: float = 0.1) -> tuple[Corpus, Corpus]:
         parts = [Joined(corpus.ids.parts(*span)) for span in ((0, cut), (cut, total))]
         if not all(map(len, parts)):
             raise _too_short(corpus, total, "tokens", held_out)
-        return tuple(TokenCorpus(corpus.name, part) for part in parts)
+        return tuple(replace(corpus, ids=part) for part in parts)
     cut = character_start(corpus, int(corpus.size * (1 - held_out)))
     if not 0 < cut < corpus.size:
         raise _too_short(corpus, corpus.size, "bytes", held_out)

@@ -227,7 +227,7 @@ def prepare(spec: DataSpec, tokenizer: Tokenizer | None = None) -> Prepared:
     sources = [open_one(source.corpus) for source in spec.sources]
     parts = [_parts(corpus, spec) for corpus in sources]
     if tokenizer is None:
-        tokenizer = _tokenizer(spec, sources, [train for train, *_ in parts])
+        tokenizer = tokenizer_of(spec, sources, [train for train, *_ in parts])
     train, held_out, validation = [], [], []
     for corpus, (first, *middle, last) in zip(sources, parts, strict=True):
         key = _cut_key(corpus, spec)
@@ -300,8 +300,16 @@ def _cut_key(corpus: Corpus, spec: DataSpec) -> str:
     return " ".join([corpus.fingerprint, *map(repr, cuts)])
 
 
-def _tokenizer(spec: DataSpec, sources: list[Corpus], train: list[Corpus]) -> Tokenizer:
-    """The spec's tokenizer; one that learns is learnt from the training parts' text only."""
+def tokenizer_of(spec: DataSpec, sources: list[Corpus], train: list[Corpus]) -> Tokenizer:
+    """The spec's tokenizer; one that learns is learnt from the training parts' text only.
+
+    Where a source is a prepared folder, its own tokenizer is taken, unless the spec names a file
+    or mere ids.
+    """
+    if spec.tokenizer.kind in ("byte", "char", "bpe"):
+        for corpus in sources:
+            if corpus.kind == "tokens" and corpus.prepared:
+                return tokenizers.load(corpus.prepared)
     learns = spec.tokenizer.kind in ("char", "bpe")
     if not learns:
         return tokenizers.build(spec.tokenizer, ())
@@ -427,9 +435,20 @@ def _read(folder: Path) -> Tokens:
 
 
 def _shards(corpus: TokenCorpus, tokenizer: Tokenizer, context: int | None) -> Tokens:
-    """Ids as they were found, unmoved. A document ends at each end-of-document id and array."""
+    """Ids as they were found, unmoved. A document ends at each end-of-document id and array.
+
+    Of a prepared folder it is at each end-of-document id alone.
+    """
     known = tokenizer.token_bytes() if tokenizer.kind != "ids" else None
-    size, separators, ends, position, context_ids = 0, [], [], 0, []
+    if corpus.prepared and known is not None:
+        made_by = tokenizers.load(corpus.prepared)
+        if (made_by.eos_id, [*made_by.pieces]) != (tokenizer.eos_id, [*tokenizer.pieces]):
+            raise AssayError(
+                f"{corpus.name}: was made by another tokenizer ('{made_by.kind}' of "
+                f"{made_by.vocab_size} ids) than this '{tokenizer.kind}' of "
+                f"{tokenizer.vocab_size} ids; prepare the text again with this one."
+            )
+    size, unknown, separators, ends, position, context_ids = 0, 0, [], [], 0, []
     if context is not None:
         context_ids, position = [np.array([context], np.uint32)], 1
     for array in corpus.ids.arrays:
@@ -443,18 +462,23 @@ def _shards(corpus: TokenCorpus, tokenizer: Tokenizer, context: int | None) -> T
                 )
             if known is not None:
                 size += int(known[ids].sum(dtype=np.int64))
+            if tokenizer.unknown_id is not None:
+                unknown += int((ids == tokenizer.unknown_id).sum())
             if tokenizer.eos_id is not None:
                 separators.append(np.flatnonzero(ids == tokenizer.eos_id) + position + start + 1)
         position += len(array)
         ends.append(position)
     # The first token of a document has a token before it only if that is a separator.
     separated = np.concatenate([*separators, [1] if context is not None else []])
+    if corpus.prepared:  # its arrays are cut for their size, inside documents
+        ends = ends[-1:]
     ends = np.unique(np.concatenate([*separators, np.array(ends)]).astype(np.int64))
     starts = np.concatenate([[len(context_ids)], ends[:-1]])
     spans = np.stack([starts + ~np.isin(starts, separated), ends], axis=1)
     joined = Joined([*context_ids, *corpus.ids.arrays])
     size = size if known is not None else None
-    return Tokens(joined, None, spans[spans[:, 0] < spans[:, 1]], size, size, context is None)
+    spans = spans[spans[:, 0] < spans[:, 1]]
+    return Tokens(joined, None, spans, size, size, context is None, unknown)
 
 
 # ---------------------------------------------------------------------------- rows

@@ -405,7 +405,7 @@ class _Log:
         first = processes.is_first()
         path = out / "metrics.jsonl" if first else Path(os.devnull)
         self.file = _continue_lines(path, step) if first else path.open("w")
-        self.tracker = Tracker(out, run, trackers if first else ())
+        self.tracker = Tracker(out, run, trackers if first else (), step)
 
     def push(self, step: int, metrics: dict) -> None:
         """Takes a step's metrics without waiting for them."""

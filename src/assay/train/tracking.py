@@ -25,11 +25,15 @@ NAMES = {
 class Tracker:
     """Writes to each of the named trackers; with none, does nothing.
 
+    TensorBoard's files lie in `OUT/tensorboard`, W&B's in `OUT/wandb`: `WANDB_MODE=offline` keeps
+    them there until `wandb sync`. A run that goes on after `step` goes on as the same one: what
+    TensorBoard was told of later steps is void, and W&B gets the same id.
+
     Raises:
         AssayError: if a tracker is unknown or its package is not installed.
     """
 
-    def __init__(self, out: Path, run: RunSpec, names: tuple[str, ...]):
+    def __init__(self, out: Path, run: RunSpec, names: tuple[str, ...], step: int = 0):
         self.writers: list[Any] = []
         self.wandb = None
         for name in names:
@@ -40,15 +44,24 @@ class Tracker:
                 from tensorboardX import SummaryWriter
             except ImportError:
                 raise need_extra("tensorboardX", "track", "Writing TensorBoard files") from None
-            self.writers.append(SummaryWriter(str(out / "tensorboard")))
+            purged = {"purge_step": step + 1} if step else {}
+            self.writers.append(SummaryWriter(str(out / "tensorboard"), **purged))
         if "wandb" in names:
             try:
                 import wandb
             except ImportError:
                 raise need_extra("wandb", "track", "Logging to Weights & Biases") from None
+            about = out / "wandb" / "id"
+            same = {"id": about.read_text(), "resume": "allow"} if about.is_file() else {}
+            (out / "wandb").mkdir(parents=True, exist_ok=True)  # else it takes another folder
             self.wandb = wandb.init(
-                project="assay", name=out.name, dir=str(out), config=run.model_dump(mode="json")
+                project="assay",
+                name=out.name,
+                dir=str(out),
+                config=run.model_dump(mode="json"),
+                **same,
             )
+            about.write_text(self.wandb.id)
 
     def write(self, record: dict[str, Any]) -> None:
         step = record["step"]
