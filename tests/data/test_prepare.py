@@ -197,7 +197,7 @@ def test_training_takes_the_folder_as_it_is(corpus, tmp_path, packing):
     total = ready.train_bytes + ready.held_out_bytes
     assert total == open_corpus(corpus).size
     text = loader.tokenize(open_corpus(corpus), tokenizer)
-    shard = loader.tokenize(open_corpus(str(out)), tokenizer)
+    shard = loader.tokenize(open_corpus(str(out)), tokenizer, tokenizer.eos_id)
     assert shard.documents.tolist() == text.documents.tolist()
     assert (shard.bytes, shard.unknown) == (text.bytes, text.unknown)
     with loader.batches(ready, seed=0) as batches:
