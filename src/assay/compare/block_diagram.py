@@ -154,4 +154,4 @@ def _positions(spec: Mapping[str, Any]) -> str:
     embedding = spec.get("embedding") or {}
     positions = embedding.get("positions") or spec.get("positions") or {}
     kind = positions.get("kind", "none")
-    return "" if kind == "none" else f", {kind} positions"
+    return "" if kind == "none" else f" + {kind}"

@@ -27,6 +27,7 @@
       font: { color: css("--text"), family: getComputedStyle(document.body).fontFamily, size: 13 },
       margin: { l: 60, r: 16, t: 28, b: 48 }, hovermode: "closest",
       hoverlabel: { namelength: -1 },
+      modebar: { bgcolor: "rgba(0,0,0,0)", color: css("--soft"), activecolor: css("--text") },
       legend: narrow() ? { orientation: "h", y: -0.25 } : {},
     };
     const out = Object.assign(base, more);
@@ -194,7 +195,7 @@
       experts.load.forEach((load, i) => {
         const s = i ? String(i + 1) : "";
         traces.push({ type: "heatmap", z: load, x: experts.steps, xaxis: `x${s}`, yaxis: `y${s}`,
-          zmin: 0, zmid: 1, zmax: 2, colorscale: "RdBu", reversescale: false, showscale: i === 0,
+          zmin: 0, zmid: 1, zmax: 2, colorscale: [[0, "#2166ac"], [0.5, "#f7f7f7"], [1, "#b2182b"]], showscale: i === 0,
           colorbar: { title: { text: "load" }, thickness: 12 },
           hovertemplate: `layer ${i}, expert %{y}, step %{x}: %{z:.2f} of the mean<extra></extra>` });
         shape[`xaxis${s}`] = { title: { text: i >= layers - columns ? "step" : "" }, showgrid: false };
