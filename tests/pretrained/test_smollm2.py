@@ -4,8 +4,10 @@ The file is fetched before the tests (`make test` does it, by scripts/fetch_smol
 test may use the network.
 """
 
+from functools import cache
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -57,7 +59,10 @@ def their_tokenizer(path):
 
 @pytest.fixture(scope="module")
 def theirs(path):
-    return reference._from_gguf(path).float().eval()
+    # `transformers` asks for this table of names again for each module, which takes seconds.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gguf, "get_tensor_name_map", cache(gguf.get_tensor_name_map))
+        return reference._from_gguf(path).float().eval()
 
 
 def test_ids_are_theirs(ours, their_tokenizer):
