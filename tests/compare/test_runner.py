@@ -376,7 +376,7 @@ def test_two_at_work_in_one_folder_is_refused(write, here, tmp_path, monkeypatch
 
 @pytest.mark.slow
 def test_a_ray_cluster_gives_the_same_numbers(write, here, tmp_path):
-    """One that is started here, whose workers see the folder. (Ray forks, so not in this process.)"""
+    """One that is started here, whose workers see the folder; Ray forks, so not in this process."""
     file = write(seeds=1)
     with command(file, tmp_path / "ray", "--on", "ray", "--jobs", "2") as process:
         _, errors = process.communicate(timeout=300)
