@@ -97,7 +97,7 @@ def _print(results, folder: Path) -> None:
         table.add_row(
             f"{row.name}{' *' if row.flags else ''}",
             "-" if row.val_bpb_mean is None else f"{row.val_bpb_mean:.4f}",
-            _interval(row.val_bpb_ci95, ".4f"),
+            _half(row.val_bpb_ci95),
             short(row.params),
             short(row.active_params),
             f"{row.train_flops:.2e}",
@@ -115,8 +115,8 @@ def _print(results, folder: Path) -> None:
             table.add_row(
                 f"{pair.a} - {pair.b}",
                 "-" if pair.difference is None else f"{pair.difference:+.4f}",
-                _interval(pair.ci95, "+.4f"),
-                _interval(pair.anytime95, "+.4f"),
+                _half(pair.ci95),
+                _half(pair.anytime95),
                 "-" if pair.p_adjusted is None else f"{pair.p_adjusted:.3g}",
                 pair.verdict,
             )
@@ -138,11 +138,10 @@ def _solution(found) -> str:
     )
 
 
-def _interval(bounds, form: str) -> str:
+def _half(bounds) -> str:
+    """An interval that lies evenly about the figure beside it."""
     low, high = bounds
-    if low is None and high is None:
-        return "unbounded"
-    return " to ".join("∞" if x is None else f"{x:{form}}" for x in (low, high))
+    return "unbounded" if low is None or high is None else f"± {(high - low) / 2:.4f}"
 
 
 def _design(file, folder, steps, pilot, on, jobs, as_json) -> None:
