@@ -95,7 +95,12 @@ def plan(base=None):
         (
             ("undecided", "better", "better"),
             None,
-            "Which of a or b is best could not be told with 3 seeds; c is worse",
+            "Which of a or b is best could not be told with 3 seeds; c is worse.",
+        ),
+        (
+            ("equivalent", "better", "undecided"),
+            None,
+            "a and b are equivalent and the best of 3, with 3 seeds; c is worse than at least one",
         ),
     ],
 )

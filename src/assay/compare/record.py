@@ -7,7 +7,7 @@ import platform
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from itertools import groupby
+from itertools import combinations, groupby
 from pathlib import Path
 from typing import Any
 
@@ -556,10 +556,15 @@ def _among(names: Sequence[str], scored: Sequence[Row], pairs: Sequence[Pair], t
         )
     first = [name for name in names if ranges[name][0] == 1]
     rest = [name for name in names if name not in first]
-    return (
-        f"Which of {_and(first, 'or')} is best could not be told {told}; {_and(rest)} "
-        f"{'is' if len(rest) == 1 else 'are'} worse than at least one of them."
-    )
+    equivalent = all(by_pair[a, b].verdict == "equivalent" for a, b in combinations(first, 2))
+    if equivalent:
+        text = f"{_and(first)} are equivalent and the best of {len(names)}, {told}"
+    else:
+        text = f"Which of {_and(first, 'or')} is best could not be told {told}"
+    lost = {(p.b, p.a) if p.verdict == "better" else (p.a, p.b) for p in decided}
+    by_all = all((name, winner) in lost for name in rest for winner in first)
+    than = "" if by_all else " than at least one of them"
+    return f"{text}; {_and(rest)} {'is' if len(rest) == 1 else 'are'} worse{than}."
 
 
 def _by(pair: Pair) -> str:
