@@ -125,7 +125,7 @@ def _print(model: str, plan, others) -> None:
         kinds = data["compiler"]["collectives"].items()
         parts = ", ".join(f"{row['count']} {kind}" for kind, row in kinds)
         console.print(
-            f"compiled in {data['compiler']['seconds']:.0f} s: {parts or 'no'} collectives"
+            f"compiled in {data['compiler']['seconds']:.0f} s; collectives: {parts or 'none'}"
         )
     if others:
         console.print("\n[italic]runners-up, estimated[/]")
