@@ -71,7 +71,7 @@ def main() -> None:
             train_model(create_train_state(router), folder)
             for temperature in (0.0, 0.8):
                 written = assay.generate(
-                    folder, "The for statement", max_new_tokens=60, temperature=temperature, seed=0
+                    folder, "The for statement", max_new_tokens=40, temperature=temperature, seed=0
                 )
                 print(f"  at temperature {temperature}: {written.text!r}")
 
