@@ -8,7 +8,7 @@ moment: one block in full, and the logits.
 from dataclasses import dataclass
 
 from assay.plan.work import blocks_of, expert_parameters, mesh_sizes, parameter_ways
-from assay.spec.accounting import BYTES, kv_bytes_per_token, parameters
+from assay.spec.accounting import BYTES, parameters
 from assay.spec.model import BlockSpec, MlpSpec, MoeSpec
 from assay.spec.run import RunSpec
 from assay.train.loss import CHUNK, LARGE
@@ -73,11 +73,6 @@ def _logits(run: RunSpec, size: float) -> float:
     if chunk is not None:
         return size if chunk == 0 else min(size, 4 * chunk * run.model.padded_vocab)
     return size if size < LARGE else CHUNK
-
-
-def cache_memory(run: RunSpec, rows: int, tokens: int) -> float:
-    """Bytes of the keys and values of so many rows and tokens, over the whole machine."""
-    return rows * tokens * kv_bytes_per_token(run.model, run.compute.dtype)
 
 
 def _kept(block: BlockSpec, d: int, tensor: int, recompute: str) -> float:

@@ -11,7 +11,7 @@ vocabulary; `expert` splits the experts, so that tokens travel to them and back.
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from assay.spec.accounting import BYTES, flops_per_token, mean_keys, parameters
+from assay.spec.accounting import BYTES, flops_per_token, mean_keys, parameters, run_flops_per_token
 from assay.spec.model import BlockSpec, MlpSpec, MoeSpec, TransformerSpec
 from assay.spec.run import MeshSpec, RunSpec
 
@@ -264,9 +264,4 @@ def _travels(ways: int) -> float:
 def global_flops(run: RunSpec) -> float:
     """FLOPs of one update on all devices, recomputation not counted, as `assay show` counts."""
     tokens = run.data.batch_size * run.data.seq_len
-    return tokens * flops_per_token(run.model, run.data.seq_len).train
-
-
-def model_flops_per_token(spec: TransformerSpec, seq_len: int) -> float:
-    """What MFU counts: 6 FLOPs an active parameter of products, 12 a feature and key (all T)."""
-    return float(flops_per_token(spec, seq_len).train)
+    return tokens * run_flops_per_token(run).train
