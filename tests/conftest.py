@@ -5,6 +5,7 @@ Compiled programs are kept from one session to the next, a folder for each machi
 for those commands: one that is killed while it writes would leave half a program behind.
 """
 
+import gc
 import os
 import platform
 import random
@@ -64,6 +65,20 @@ def pytest_unconfigure():
 def _fixed_seeds():
     random.seed(0)
     np.random.seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _few_mappings():
+    """Forget compiled programs before the kernel's limit of mappings is near.
+
+    Each program takes a mapping or more, a process may have 65,530 of them by default, and the
+    compiler then ends in a segmentation fault (two workers did, near the suite's end).
+    """
+    yield
+    mappings = Path("/proc/self/maps")
+    if mappings.exists() and mappings.read_bytes().count(b"\n") > 30_000:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(autouse=True)
