@@ -13,3 +13,5 @@ def keep_compiled_programs() -> None:
     if jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(cache.folder() / "programs"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+        # With a size JAX also locks the folder: a comparison's processes share it.
+        jax.config.update("jax_compilation_cache_max_size", 4 * 2**30)
