@@ -256,6 +256,31 @@ def test_flops_agree_with_xla(spec, kernels):
     assert xla_flops(jax.grad(loss)) / (B * T) == pytest.approx(ours.train, rel=0.03)
 
 
+@pytest.mark.parametrize("source_len", [T, T // 2])
+def test_flops_of_a_pair_agree_with_xla(source_len):
+    """t5-small's layout at a third of its depth: the source's share follows its length."""
+    spec = presets.get("t5-small").model
+    encoder, decoder = (stack.replace(num_layers=2) for stack in (spec.encoder, spec.decoder))
+    spec = spec.replace(encoder=encoder, decoder=decoder)
+    graph, state = nnx.split(abstract(spec))
+    target = jax.ShapeDtypeStruct((B, T), jnp.int32)
+    source = jax.ShapeDtypeStruct((B, source_len), jnp.int32)
+
+    def forward(state, target, source):
+        return nnx.merge(graph, state)(target, source=source)
+
+    def loss(state, target, source):
+        return token_losses(forward(state, target, source), target).mean()
+
+    def xla_flops(function):
+        compiled = jax.jit(function).lower(state, target, source).compile()
+        return compiled.cost_analysis()["flops"] / (B * T)
+
+    ours = accounting.flops_per_token(spec, T, source_len=source_len)
+    assert xla_flops(forward) == pytest.approx(ours.forward, rel=0.03)
+    assert xla_flops(jax.grad(loss)) == pytest.approx(ours.train, rel=0.03)
+
+
 def with_experts(**fields):
     stack = wide().decoder
     experts = MoeSpec(experts=8, expert=MlpSpec(hidden=1024, activation="relu"), **fields)
