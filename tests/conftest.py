@@ -11,6 +11,7 @@ import platform
 import random
 import shutil
 import socket
+import sys
 import tempfile
 from pathlib import Path
 
@@ -59,6 +60,25 @@ def pytest_collection_modifyitems(items):
 
 def pytest_unconfigure():
     shutil.rmtree(os.environ["ASSAY_CACHE"], ignore_errors=True)
+
+
+@pytest.fixture
+def assay_command(monkeypatch, capsys):
+    """Runs the command in this process: (status, standard output, standard error)."""
+    from assay import cli
+
+    def run(*arguments):
+        capsys.readouterr()  # what others wrote before
+        monkeypatch.setattr(sys, "argv", ["assay", *map(str, arguments)])
+        try:
+            cli.main()
+            status = 0
+        except SystemExit as end:
+            status = end.code or 0
+        out, err = capsys.readouterr()
+        return status, out, err
+
+    return run
 
 
 @pytest.fixture(autouse=True)

@@ -10,20 +10,8 @@ from tests.train.conftest import made_text
 
 
 @pytest.fixture
-def assay(monkeypatch, capsys):
-    """Runs the command in this process: (status, standard output, standard error)."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["assay", *map(str, arguments)])
-        try:
-            cli.main()
-            status = 0
-        except SystemExit as end:
-            status = end.code or 0
-        out, err = capsys.readouterr()
-        return status, out, err
-
-    return run
+def assay(assay_command):
+    return assay_command
 
 
 @pytest.fixture

@@ -231,6 +231,22 @@ def test_hugging_face_datasets_are_streamed_to_a_file(tmp_path, monkeypatch):
         list(open_corpus("hf:some/set#a#b"))
 
 
+def test_the_package_itself_streams(tmp_path, monkeypatch):
+    """`datasets` takes a folder here as it takes the Hub's: parquet, in two files."""
+    pytest.importorskip("datasets")
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    for i, texts in enumerate((["a", "é"], ["c", "d"])):
+        folder = tmp_path / "some" / "set" / "data"
+        folder.mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.table({"body": texts}), folder / f"train-0000{i}-of-00002.parquet")
+    monkeypatch.setenv("ASSAY_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    assert [d.text for d in open_corpus("hf:some/set:train#body")] == ["a", "é", "c", "d"]
+    assert [d.text for d in open_corpus("hf:some/set:train:3#body")] == ["a", "é", "c"]
+
+
 @pytest.mark.slow
 def test_hugging_face_without_network_is_a_sentence(tmp_path, monkeypatch):
     pytest.importorskip("datasets")

@@ -11,7 +11,7 @@ from tests.train.conftest import made_text
 
 from assay.data import cache, loader, shards, tokenizers
 from assay.data.corpora import open_corpus
-from assay.data.prepare import prepare, read_manifest
+from assay.data.prepare import prepare, read_manifest, refuse_other_tokenizer
 from assay.errors import AssayError
 from assay.spec.run import (
     BpeTokenizerSpec,
@@ -63,6 +63,25 @@ def test_shards_hold_what_training_makes_of_the_text(corpus, tmp_path, form, spe
     if form == "modded":
         assert np.frombuffer(first[:1024], "<i4")[:4].tolist() == [20240520, 1, 500, 0]
         assert first[1024:] == expected[:500].astype("<u2").tobytes()
+
+
+def test_a_vocabulary_of_more_than_16_bits(tmp_path):
+    """llm.c's other header in the default format; nanoGPT's has no room."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    library = Tokenizer(models.WordLevel({f"w{i}": i for i in range(70_000)}, unk_token="w0"))
+    library.pre_tokenizer, library.decoder = pre_tokenizers.Whitespace(), decoders.Fuse()
+    library.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "text.txt").write_text("w69999 w1 w65536 w2 w3")
+    named = FileTokenizerSpec(path=str(tmp_path / "tokenizer.json"))
+    text, out = str(tmp_path / "text.txt"), tmp_path / "out"
+    manifest = prepare(text, out, named, shard_tokens=3, workers=1)
+    assert (manifest["format"], manifest["dtype"]) == ("modded", "uint32")
+    first = (out / "shard_000000.bin").read_bytes()
+    assert np.frombuffer(first[:12], "<i4").tolist() == [20240801, 7, 3]
+    assert ids_of(out).tolist() == [69999, 1, 65536, 2, 3]
+    with pytest.raises(AssayError, match=r"vocabulary is 70000, but nanoGPT's .bin holds uint16"):
+        prepare(text, tmp_path / "other", named, form="nanogpt")
 
 
 def test_processes_change_nothing(corpus, tmp_path, monkeypatch):
@@ -204,7 +223,7 @@ def test_training_takes_the_folder_as_it_is(corpus, tmp_path, packing):
         assert next(batches)["tokens"].max() < tokenizer.vocab_size
 
 
-def test_the_tokenizer_goes_with_the_ids(corpus, tmp_path):
+def test_the_tokenizer_goes_with_the_ids(corpus, tmp_path, assay_command):
     out, char = tmp_path / "out", tmp_path / "char"
     prepare(corpus, out, BpeTokenizerSpec(vocab_size=300), workers=1)
     prepare(corpus, char, CharTokenizerSpec(), workers=1)
@@ -215,6 +234,18 @@ def test_the_tokenizer_goes_with_the_ids(corpus, tmp_path):
     assert named.held_out_bytes
     with pytest.raises(AssayError, match=r"was made by another tokenizer \('char'"):
         loader.prepare(spec_of(char, tokenizer=FileTokenizerSpec(path=str(out))))
+    for asked in (CharTokenizerSpec(), BYTE, BpeTokenizerSpec(vocab_size=301)):
+        with pytest.raises(AssayError, match=r"prepared with its own \(bpe of \d+ ids\)"):
+            refuse_other_tokenizer(str(out), asked)
+    size = tokenizers.load(out).vocab_size
+    refuse_other_tokenizer(str(out), BpeTokenizerSpec(vocab_size=size))
+    refuse_other_tokenizer(corpus, BYTE)
+    status, _, err = assay_command(
+        *("train", "nano", "--data", out, "--tokenizer", "byte", "--out", tmp_path / "run")
+    )
+    assert (status, len(err.splitlines())) == (2, 1)
+    assert err.startswith("assay: tokenizer: found byte, but ")
+    assert not (tmp_path / "run").exists()
     both = DataSpec(
         sources=(SourceSpec(corpus=str(out)), SourceSpec(corpus=corpus)), seq_len=16, batch_size=4
     )

@@ -18,6 +18,18 @@ def test_bin_round_trip(tmp_path, with_header):
     assert (tmp_path / "a.bin").stat().st_size == 8 + 1024 * with_header
 
 
+def test_the_header_of_larger_vocabularies(tmp_path):
+    """llm.c's data for Llama 3: magic 20240801, version 7, uint32."""
+    ids = np.array([128000, 0, 65536, 128255], np.uint32)
+    path = tmp_path / "tinyshakespeare_train.bin"
+    path.write_bytes(header(20240801, 7, 4) + ids.astype("<u4").tobytes())
+    (found,) = shards.read(path)
+    assert found.tolist() == ids.tolist()
+    assert not found.flags.owndata
+    shards.write(tmp_path / "ours.bin", ids)
+    assert (tmp_path / "ours.bin").read_bytes() == path.read_bytes()
+
+
 def test_a_nanogpt_file_longer_than_a_header_is_read_whole(tmp_path):
     ids = np.arange(5000, dtype=np.uint16)
     ids.tofile(tmp_path / "train.bin")
@@ -40,8 +52,10 @@ def test_npz_arrays_come_in_order_of_name(tmp_path):
     ("content", "sentence"),
     [
         (header(20240520, 1, 4) + b"12", r"4 tokens, so 1032 bytes, but the file has 1026"),
-        (header(20240520, 2, 0), r"found version 2; legal are"),
-        (header(20240801, 7, 0), r"found llm\.c's uint32 form"),
+        (header(20240520, 2, 0), r"found version 2 of magic 20240520; legal is 1"),
+        (header(20240801, 1, 0), r"found version 1 of magic 20240801; legal is 7"),
+        (header(20240801, 7, 2) + b"1234", r"2 tokens, so 1032 bytes, but the file has 1028"),
+        (header(20240522, 1, 0), r"found llm\.c's evaluation form"),
         (b"123", r"found 3 bytes, but uint16"),
     ],
 )
@@ -68,7 +82,7 @@ def test_bad_npy(tmp_path):
 
 
 def test_ids_that_do_not_fit_are_refused(tmp_path):
-    with pytest.raises(AssayError, match=r"65536, but \.bin holds uint16"):
+    with pytest.raises(AssayError, match=r"65536, but this \.bin holds uint16"):
         shards.write(tmp_path / "a.bin", np.array([65536]))
     with pytest.raises(AssayError, match=r"legal are: \.bin, \.npy"):
         shards.write(tmp_path / "a.dat", np.array([1]))

@@ -170,6 +170,15 @@ def test_sentencepiece_as_transformers_rebuilds_it(text):
     assert (ours.bos_id, ours.eos_id, ours.unknown_id) == (1, 2, 0)
 
 
+def test_what_begins_every_text():
+    """SentencePiece's `<s>`, unless the file says that there is none; byte-level, only if so."""
+    assert from_gguf(SPM_METADATA).prefix_ids == (1,)
+    assert 1 not in from_gguf(SPM_METADATA).encode("the")
+    assert from_gguf(SPM_METADATA | {"tokenizer.ggml.add_bos_token": False}).prefix_ids == ()
+    again = tokenizers.HuggingFaceTokenizer(from_gguf(SPM_METADATA).to_files()["tokenizer.json"])
+    assert again.prefix_ids == (1,)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -1,6 +1,7 @@
 """`assay convert`: there and back bit for bit, loaded by transformers, in little memory, or not
 at all."""
 
+import hashlib
 import json
 import re
 import subprocess
@@ -439,20 +440,35 @@ def test_the_hub_without_a_network(tmp_path, monkeypatch):
         load("someone/some-model")
 
 
-def test_the_hub_from_its_cache(tmp_path, monkeypatch):
-    cache = tmp_path / "cache"
-    commit = "0" * 40
-    snapshot = cache / "models--someone--some-model" / "snapshots" / commit
-    make(snapshot, "smollm")
-    refs = snapshot.parents[1] / "refs"
-    refs.mkdir()
-    (refs / "main").write_text(commit)
-    real = __import__("huggingface_hub").snapshot_download
-    monkeypatch.setattr(
-        "huggingface_hub.snapshot_download", lambda *a, **k: real(*a, cache_dir=cache, **k)
-    )
+def test_the_hub_from_its_cache(tmp_path, monkeypatch, assay_command):
+    """As huggingface_hub lays a model out: blobs, a folder of links to them for each commit, and
+    the commit of a branch. Found by its id, and used by the commands without a network."""
+    folder, cache, commit = make(tmp_path / "start", "smollm"), tmp_path / "cache", "0" * 40
+    for name, text in tokenizers.huggingface_files(tokenizers.CharTokenizer("the cats")).items():
+        (folder / name).write_text(text)
+    model = cache / "models--someone--some-model"
+    for part in ("blobs", "refs", f"snapshots/{commit}"):
+        (model / part).mkdir(parents=True)
+    (model / "refs" / "main").write_text(commit)
+    for file in folder.iterdir():
+        blob = hashlib.sha256(file.read_bytes()).hexdigest()
+        file.rename(model / "blobs" / blob)
+        (model / "snapshots" / commit / file.name).symlink_to(f"../../blobs/{blob}")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
     assert spec_of("someone/some-model").d_model == 32
     assert load("someone/some-model").model(jnp.ones((1, 3), int)).shape == (1, 3, V)
+    status, out, err = assay_command(
+        *("generate", "someone/some-model", "--prompt", "the cat", "--max-new-tokens", 3, "--json")
+    )
+    assert status == 0, err
+    assert json.loads(out.splitlines()[-1])["prompt_tokens"] == 7
+    status, out, err = assay_command("convert", "someone/some-model", tmp_path / "mine", "--json")
+    assert status == 0, err
+    assert json.loads(out.splitlines()[-1])["max_logit_difference"] < 1e-4
+    (model / "snapshots" / commit / "model.safetensors").unlink()
+    status, out, err = assay_command("generate", "someone/some-model", "--prompt", "the cat")
+    assert (status, out, len(err.splitlines())) == (2, "", 1)
+    assert "there is no model.safetensors" in err
 
 
 def test_every_tensor_is_a_view(tmp_path):

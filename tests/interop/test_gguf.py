@@ -1,6 +1,7 @@
 """GGUF files: blocks by hand and by `gguf.quants`, names and permutations, tokenizers, damage."""
 
 import json
+import re
 import struct
 
 import gguf
@@ -34,8 +35,21 @@ def permuted(w: np.ndarray, heads: int) -> np.ndarray:
     )
 
 
-def write(path, family: str, state, config, *, pre="gpt-2", kinds=lambda name: Type.F32, **more):
-    """A file as llama.cpp's converter writes it, from tensors by Hugging Face's names."""
+def write(
+    path,
+    family: str,
+    state,
+    config,
+    *,
+    pre="gpt-2",
+    kinds=lambda name: Type.F32,
+    split=False,
+    **more,
+):
+    """A file as llama.cpp's converter writes it, from tensors by Hugging Face's names.
+
+    With `split`, a tensor for each expert, as it did before April 2024.
+    """
     architecture = {"qwen3_moe": "qwen3moe", "mixtral": "llama"}.get(family, family)
     out = gguf.GGUFWriter(path, architecture)
     gpt2 = family == "gpt2"
@@ -88,6 +102,11 @@ def write(path, family: str, state, config, *, pre="gpt-2", kinds=lambda name: T
             tensor = permuted(tensor, heads if module.endswith("q_proj") else kv_heads)
         if gpt2 and module.endswith(("c_attn", "c_proj", "c_fc")) and part == "weight":
             tensor = tensor.T
+        if ".experts." in module and split:
+            i, e, kind = re.findall(r"layers\.(\d+).*experts\.(\d+)\.(w\d)", module)[0]
+            old = {"w1": "ffn_gate", "w2": "ffn_down", "w3": "ffn_up"}[kind]
+            add(out, f"blk.{i}.{old}.{e}.weight", tensor, kinds)
+            continue
         if ".experts." in module:
             before, _, after = module.partition(".experts.")
             stacks.setdefault(f"{before}.experts.{after.split('.')[1]}", []).append(tensor)
@@ -111,9 +130,9 @@ def add(out, name, tensor, kinds):
 
 def example(family: str, vocabulary: int = 260, **changes):
     """A config of a small model, and its tensors by their names in a file."""
-    config = FAMILIES[family]()
-    config.update({"vocab_size": vocabulary, **changes})
-    config = config.to_dict()
+    config = FAMILIES[family]().to_diff_dict() | {"vocab_size": vocabulary, **changes}
+    config.pop("scale_decoder_outputs", None)  # T5's, which follows from tie_word_embeddings
+    config = AutoConfig.for_model(**config).to_dict()
     spec = spec_from_config(config)
     rng = np.random.default_rng(0)
     named = {
@@ -254,6 +273,97 @@ def test_experts(family, tmp_path):
     assert file.family == family
     assert file.keys() == state.keys()
     assert all(np.array_equal(file[name], state[name]) for name in state)
+
+
+def test_experts_in_a_tensor_each(tmp_path, assay_command):
+    """Mixtral's files before llama.cpp stacked the experts of a layer."""
+    config, spec, state = example("mixtral")
+    path = write(tmp_path / "x.gguf", "mixtral", state, config, split=True)
+    file = GgufFile(path)
+    assert file.has("blk.1.ffn_down.3.weight")
+    assert file.spec == spec
+    assert file.keys() == state.keys()
+    assert all(np.array_equal(file[name], state[name]) for name in state)
+    status, _, err = assay_command("convert", path, tmp_path / "own", "--to", "assay", "--quiet")
+    assert status == 2  # transformers reads no Mixtral of GGUF, so there is nothing to hold it to
+    status, _, err = assay_command("convert", path, tmp_path / "own", "--no-verify", "--quiet")
+    assert status == 0, err
+
+
+def write_t5(path, state, config, pieces):
+    out = gguf.GGUFWriter(path, "t5")
+    out.add_context_length(512)
+    out.add_embedding_length(config["d_model"])
+    out.add_feed_forward_length(config["d_ff"])
+    out.add_block_count(config["num_layers"])
+    out.add_head_count(config["num_heads"])
+    out.add_key_length(config["d_kv"])
+    out.add_value_length(config["d_kv"])
+    out.add_layer_norm_eps(config["layer_norm_epsilon"])
+    out.add_layer_norm_rms_eps(config["layer_norm_epsilon"])
+    out.add_relative_attn_buckets_count(config["relative_attention_num_buckets"])
+    out.add_decoder_start_token_id(0)
+    size = config["vocab_size"]
+    tokens = [*pieces, *(f"[PAD{i}]" for i in range(len(pieces), size))]
+    out.add_tokenizer_model("t5")
+    out.add_tokenizer_pre("default")
+    out.add_token_list(tokens)
+    out.add_token_scores([*(score for score in pieces.values()), *[-1000.0] * (size - len(pieces))])
+    out.add_token_types([3, 3, 2, *[1] * (len(pieces) - 3), *[5] * (size - len(pieces))])
+    out.add_eos_token_id(1)
+    out.add_unk_token_id(2)
+    out.add_pad_token_id(0)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.T5, 8)
+    for name, tensor in state.items():
+        module, _, part = name.rpartition(".")
+        add(out, f"{names.get_name(module)}.{part}", tensor, lambda name: Type.F32)
+    out.add_tensor("dec.blk.0.cross_attn_rel_b.weight", np.zeros((32, 4), np.float32))
+    out.write_header_to_file()
+    out.write_kv_data_to_file()
+    out.write_tensors_to_file()
+    out.close()
+    return path
+
+
+PIECES = {"<pad>": 0.0, "</s>": 0.0, "<unk>": 0.0, "▁": -2.0, "▁the": -3.0, "▁cat": -4.0}
+PIECES |= {letter: -6.0 - i / 10 for i, letter in enumerate("abcehnst")} | {"▁sat": -4.5}
+
+
+@pytest.mark.parametrize("gated", [False, True], ids=["relu", "gated"])
+def test_t5(gated, tmp_path, assay_command):
+    """Its first layout and that of version 1.1; tensors, config, tokenizer, and what it writes."""
+    from transformers import T5Tokenizer
+
+    form = {"feed_forward_proj": "gated-gelu" if gated else "relu"}
+    tied = {"tie_word_embeddings": not gated}
+    config, spec, state = example("t5", 128, **form, **tied)
+    assert ("lm_head.weight" in state) == gated
+    path = write_t5(tmp_path / "x.gguf", state, config, PIECES)
+    file = GgufFile(path)
+    assert file.keys() == state.keys()
+    assert all(np.array_equal(file[name], state[name]) for name in state)
+    assert file.spec == spec
+    result = convert(open_source(path), tmp_path / "hf", to="hf")
+    assert result.max_logit_difference <= result.tolerance
+    ours = load(path)
+    assert ours.start_token == 0
+    named = [*PIECES, *(f"<extra_id_{99 - i}>" for i in range(100))]
+    vocabulary = list(zip(named, [*PIECES.values(), *[-1000.0] * 100], strict=True))
+    theirs = T5Tokenizer(vocab=vocabulary)
+    for text in ("the cat sat", " thecats  at the\nnest", "x the", ""):
+        wanted = theirs(text, add_special_tokens=False)["input_ids"]
+        assert ours.tokenizer.encode(text).tolist() == wanted, text
+    assert ours.tokenizer.decode(ours.tokenizer.encode("the cat sat")) == "the cat sat"
+    assert ours.tokenizer.special_ids["<extra_id_0>"] == theirs.convert_tokens_to_ids(
+        "<extra_id_0>"
+    )
+    assert (ours.tokenizer.eos_id, ours.tokenizer.unknown_id) == (1, 2)
+    status, out, err = assay_command(
+        *("generate", path, "--prompt", "the cat", "--max-new-tokens", 4, "--temperature", 0),
+        *("--json", "--quiet"),
+    )
+    assert status == 0, err
+    assert json.loads(out.splitlines()[-1])["prompt_tokens"]
 
 
 def test_a_quantised_file_becomes_float32(tmp_path):

@@ -4,6 +4,7 @@ The file is fetched before the tests (`make test` does it, by scripts/fetch_smol
 test may use the network.
 """
 
+import json
 from functools import cache
 from pathlib import Path
 
@@ -14,6 +15,8 @@ import torch
 from transformers import AutoTokenizer
 
 from assay.data import chat
+from assay.evaluate import tasks
+from assay.evaluate.harness import harness_model
 from assay.generate.text import complete_batch
 from assay.interop import hub, reference
 from assay.loading import load
@@ -133,3 +136,62 @@ def test_greedy_text_is_theirs(ours, theirs, their_tokenizer):
             assert len(ended.ids) == NEW
     assert "Paris" in answer.text
     assert answer.finish_reason == "stop"
+
+
+DOCUMENTS = [  # (goal, one way, another, which is right), as PIQA has them
+    ("To boil an egg,", "put it in hot water.", "put it in the freezer.", 0),
+    ("To open a locked door,", "sing to it loudly.", "turn the key in the lock.", 1),
+    ("How do I keep milk fresh?", "Keep it in the fridge.", "Keep it on the heater.", 0),
+    ("To dry wet hair,", "hold it under the tap.", "use a towel.", 1),
+    ("What does one need to write a letter?", "Pen and paper.", "A hammer and nails.", 0),
+    ("To make tea,", "pour cold sand over leaves.", "pour boiling water over leaves.", 1),
+    ("To see in the dark,", "switch on a torch.", "close both eyes.", 0),
+    ("A plant that droops", "should be painted green.", "should be watered.", 1),
+    ("How do I remove a screw?", "Turn it to the left with a screwdriver.", "Shout.", 0),
+    ("To stop a bicycle,", "pedal faster down the hill.", "pull the brakes.", 1),
+    ("To cut bread,", "use a knife with teeth.", "use a spoon.", 0),
+    ("Wet paint", "dries faster under water.", "is left to dry.", 1),
+]
+
+
+def test_the_harness_gives_its_own_numbers(ours, theirs, their_tokenizer, tmp_path):
+    """Its official PIQA on documents of ours: each log-likelihood as its Hugging Face backend has
+    it, within 1e-3, and the same accuracies; from our own scorer too. And a whole text's."""
+    import lm_eval.tasks
+    from lm_eval import simple_evaluate
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    names = ("goal", "sol1", "sol2", "label")
+    docs = tmp_path / "docs.jsonl"
+    docs.write_text("\n".join(json.dumps(dict(zip(names, d, strict=True))) for d in DOCUMENTS))
+    official = Path(lm_eval.tasks.__file__).parent / "piqa" / "piqa.yaml"
+    (tmp_path / "local.yaml").write_text(
+        f"include: {official}\ntask: local_piqa\ndataset_path: json\ntraining_split: null\n"
+        f"dataset_kwargs: {{data_files: {{validation: {docs}}}}}\n"
+    )
+    manager = lm_eval.tasks.TaskManager(include_path=str(tmp_path), include_defaults=False)
+    backend = HFLM(pretrained=theirs, tokenizer=their_tokenizer, device="cpu", batch_size=12)
+    mine = harness_model(ours.model, ours.tokenizer, batch_size=12)
+    a, b = (
+        simple_evaluate(model=model, tasks=["local_piqa"], task_manager=manager, log_samples=True)
+        for model in (mine, backend)
+    )
+    scored = 0
+    for one, other in zip(a["samples"]["local_piqa"], b["samples"]["local_piqa"], strict=True):
+        assert one["arguments"] == other["arguments"]
+        for ((x, x_greedy),), ((y, y_greedy),) in zip(one["resps"], other["resps"], strict=True):
+            assert x == pytest.approx(y, abs=1e-3)
+            assert x_greedy == y_greedy
+            scored += 1
+    assert scored == 2 * len(DOCUMENTS)
+    a, b = (found["results"]["local_piqa"] for found in (a, b))
+    piqa = tasks.task("piqa")
+    asked = tasks.questions(piqa, tasks.documents(piqa, docs))
+    own = tasks.score(ours.model, ours.tokenizer, piqa, asked, batch_size=12)
+    assert a["acc,none"] == b["acc,none"] == own.accuracy > 0.5
+    assert a["acc_norm,none"] == b["acc_norm,none"] == own.accuracy_norm
+    assert a["acc_stderr,none"] == b["acc_stderr,none"] == pytest.approx(own.stderr)
+    text = Instance("loglikelihood_rolling", {}, (" ".join(PROMPTS),), 0)
+    (x,), (y,) = (model.loglikelihood_rolling([text], True) for model in (mine, backend))
+    assert x == pytest.approx(y, abs=1e-3)

@@ -7,6 +7,7 @@ from assay.errors import AssayError
 from assay.spec.run import BudgetSpec
 from assay.train.checkpoint import Checkpoints
 from assay.train.loop import read_run, train
+from assay.train.tracking import Tracker
 from tests.train.conftest import lines
 
 
@@ -115,20 +116,41 @@ EXPECTED = {
 }
 
 
-def test_tensorboard_gets_the_names_people_expect(run, tmp_path):
-    from tensorboardX.proto import event_pb2
+def tensorboard_scalars(out):
+    """{tag: [(step, value), ...]}, as TensorBoard itself reads the run's folder."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    reader = EventAccumulator(str(out / "tensorboard"), size_guidance={"scalars": 0})
+    reader.Reload()
+    return {
+        tag: [(event.step, event.value) for event in reader.Scalars(tag)]
+        for tag in reader.Tags()["scalars"]
+    }
+
+
+def test_tensorboard_gets_the_names_people_expect(run, tmp_path):
+    """Read back by its own reader, over a stop."""
     out = tmp_path / "out"
-    train(run.changed({"train.budget.amount": 10}), out, trackers=("tensorboard",))
-    (events,) = (out / "tensorboard").iterdir()
-    raw, names = events.read_bytes(), {}
-    while raw:  # length (8 bytes), its checksum (4), the event, its checksum (4)
-        size = int.from_bytes(raw[:8], "little")
-        event = event_pb2.Event.FromString(raw[12 : 12 + size])
-        raw = raw[16 + size :]
-        names |= {value.tag: value.simple_value for value in event.summary.value}
-    assert names.keys() >= EXPECTED
-    assert names["train/loss"] == pytest.approx(lines(out)[-1]["loss"])
+    run = run.changed({"train.budget.amount": 20})
+    train(run, out, trackers=("tensorboard",), stop_at=10)
+    train(run, out, trackers=("tensorboard",), resume=True)
+    found = tensorboard_scalars(out)
+    assert found.keys() >= EXPECTED
+    for name, theirs in (("loss", "train/loss"), ("lr", "train/lr")):
+        wanted = {line["step"]: line[name] for line in lines(out) if name in line}
+        assert dict(found[theirs]) == pytest.approx(wanted)
+    assert [step for step, _ in found["train/loss"]] == [10, 20]
+    last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
+    assert found["val/loss"][-1] == (20, pytest.approx(last["val_loss"]))
+
+
+def test_tensorboard_forgets_what_a_resumed_run_makes_again(run, tmp_path):
+    for start, value in ((0, 3.0), (10, 2.0)):
+        tracker = Tracker(tmp_path, run, ("tensorboard",), step=start)
+        for step in (10, 20, 30)[start // 10 :]:
+            tracker.write({"step": step, "loss": value})
+        tracker.close()
+    assert tensorboard_scalars(tmp_path)["train/loss"] == [(10, 3.0), (20, 2.0), (30, 2.0)]
 
 
 def wandb_records(path):

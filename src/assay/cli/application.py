@@ -44,6 +44,13 @@ def out() -> Console:
     return console if console.is_terminal else Console(highlight=False, width=80)
 
 
+def progress_options(quiet: bool) -> dict[str, Any]:
+    """Of a bar on standard error; files and pipes get none, where Rich leaves empty lines."""
+    console = Console(stderr=True)
+    disable = quiet or not console.is_terminal
+    return {"console": console, "disable": disable, "transient": True}
+
+
 def emit(data: dict[str, Any], as_json: bool) -> None:
     """The JSON object, where it was asked for. JSON has no infinity: such a number is null."""
     if as_json:
@@ -84,6 +91,19 @@ def changes_of(settings: list[str] | None) -> dict[str, Any]:
         except json.JSONDecodeError:
             changes[path] = value
     return changes
+
+
+def mesh_of(text: str | None) -> dict[str, Any] | None:
+    """AXIS=DEVICES pairs, separated by commas."""
+    if text is None:
+        return None
+    axes = {}
+    for part in text.split(","):
+        name, equals, size = part.partition("=")
+        if not equals or not size.isdigit():
+            raise AssayError(f"--mesh {text}: expected AXIS=DEVICES, as in data=2,tensor=4.")
+        axes[name.strip()] = int(size)
+    return axes
 
 
 def next_folder(name: str) -> Path:

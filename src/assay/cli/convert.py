@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from rich.table import Table
 
-from assay.cli.application import Json, Quiet, app, emit, out, short
+from assay.cli.application import Json, Quiet, app, emit, mesh_of, out, progress_options, short
 
 
 @app.command()
@@ -48,7 +48,6 @@ def convert(
 
     Example: assay convert model.gguf exported --to hf
     """
-    from assay.cli.train import mesh_of
     from assay.interop.convert import convert as run_conversion
     from assay.loading import open_source
     from assay.model.sharding import make_mesh
@@ -57,7 +56,7 @@ def convert(
     devices = make_mesh(MeshSpec(**mesh_of(mesh))) if mesh else None
     opened = open_source(source)
     columns = (TextColumn("writing"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=_stderr(), disable=quiet, transient=True) as bar:
+    with Progress(*columns, **progress_options(quiet)) as bar:
         task = bar.add_task("writing", total=None)
         result = run_conversion(
             opened,
@@ -88,9 +87,3 @@ def convert(
             table.add_row(name, escape(value))
         out().print(table)
     emit(asdict(result), as_json)
-
-
-def _stderr():
-    from rich.console import Console
-
-    return Console(stderr=True)

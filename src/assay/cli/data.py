@@ -5,12 +5,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from assay.cli.application import Json, Quiet, app, emit, out, short
+from assay.cli.application import Json, Quiet, app, emit, out, progress_options, short
 
 data = typer.Typer(help="Make a corpus ready for training.", no_args_is_help=True)
 app.add_typer(data, name="data")
@@ -57,7 +56,7 @@ def prepare(
 
     start = time.perf_counter()
     columns = (TextColumn("tokenising"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=quiet, transient=True) as bar:
+    with Progress(*columns, **progress_options(quiet)) as bar:
         task = bar.add_task("tokenising", total=None)
         manifest = run_preparation(
             corpus,

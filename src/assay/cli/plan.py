@@ -5,9 +5,8 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from assay.cli.application import Json, Model, Settings, app, changes_of, emit, out
+from assay.cli.application import Json, Model, Settings, app, changes_of, emit, mesh_of, out
 from assay.cli.describe import run_of
-from assay.cli.train import mesh_of
 from assay.errors import AssayError
 
 

@@ -17,6 +17,7 @@ from assay.cli.application import (
     changes_of,
     emit,
     figure,
+    mesh_of,
     next_folder,
     out,
 )
@@ -94,6 +95,11 @@ def train(
         raise AssayError("--out: name the run's folder; every process must use the same.")
     folder = out_folder or next_folder(preset or "run")
     run = _configure(preset, changes, folder if resume else None)
+    if any(path.startswith("data.tokenizer") for path in changes):
+        from assay.data.prepare import refuse_other_tokenizer
+
+        for source in run.data.sources:
+            refuse_other_tokenizer(source.corpus, run.data.tokenizer)
 
     from assay.train.processes import LOST, LostProcessError, is_first, join
 
@@ -177,18 +183,6 @@ def _tokenizer(text: str | None) -> dict[str, Any] | None:
     from assay.data.tokenizers import parse
 
     return parse(text).model_dump(mode="json")
-
-
-def mesh_of(text: str | None) -> dict[str, Any] | None:
-    if text is None:
-        return None
-    axes = {}
-    for part in text.split(","):
-        name, equals, size = part.partition("=")
-        if not equals or not size.isdigit():
-            raise AssayError(f"--mesh {text}: expected AXIS=DEVICES, as in data=2,tensor=4.")
-        axes[name.strip()] = int(size)
-    return axes
 
 
 def _print_result(result) -> None:

@@ -162,16 +162,24 @@ def evaluate(
         int | None, typer.Option(help="Less than a window: each token sees more before it.")
     ] = None,
     task: Annotated[
-        str | None, typer.Option(help="hellaswag, arc_easy, piqa, winogrande, ... instead.")
+        str | None,
+        typer.Option(
+            help="hellaswag, arc_easy, arc_challenge, piqa, winogrande, lambada_openai, blimp, or "
+            "blimp/PARADIGM, instead."
+        ),
     ] = None,
     task_data: Annotated[
-        Path | None, typer.Option(help="The task's documents: .jsonl, .json or .parquet.")
+        Path | None,
+        typer.Option(help="The task's documents: .jsonl, .json, .parquet, or a folder."),
     ] = None,
     against: Annotated[
         str | None, typer.Option(help="Another MODEL on the same task, paired.")
     ] = None,
     harness: Annotated[
         str | None, typer.Option(help="Tasks of lm-evaluation-harness, by commas.")
+    ] = None,
+    include_path: Annotated[
+        Path | None, typer.Option(help="With --harness: a folder of further task files (YAML).")
     ] = None,
     limit: Annotated[int | None, typer.Option(help="Only the first documents.", min=1)] = None,
     dtype: WeightsDtype = "float32",
@@ -182,7 +190,18 @@ def evaluate(
     Example: assay eval runs/first --data python-docs
     """
     if task is not None or harness is not None:
-        _evaluate_tasks(model, task, task_data, against, harness, limit, batch_size, dtype, as_json)
+        _evaluate_tasks(
+            model,
+            task,
+            task_data,
+            against,
+            harness,
+            include_path,
+            limit,
+            batch_size,
+            dtype,
+            as_json,
+        )
         return
     from assay.data import corpora as files
     from assay.data import loader
@@ -242,6 +261,7 @@ def _evaluate_tasks(
     file: Path | None,
     against: str | None,
     harness: str | None,
+    include_path: Path | None,
     limit: int | None,
     batch_size: int,
     dtype: str,
@@ -266,20 +286,28 @@ def _evaluate_tasks(
 
         subject = loaded(model)
         results = run_harness(
-            subject.model, subject.tokenizer, harness.split(","), batch_size=batch_size, limit=limit
+            subject.model,
+            subject.tokenizer,
+            harness.split(","),
+            batch_size=batch_size,
+            limit=limit,
+            include_path=None if include_path is None else str(include_path),
         )
         if not as_json:
-            table = Table("task", "metric", "value", box=None)
+            table = Table("task", "metric", "value", "± s.e.", box=None)
             for of, metrics in results.items():
                 for metric, value in metrics.items():
-                    if isinstance(value, float):
-                        table.add_row(of, metric, f"{value:.4f}")
+                    name, _, how = metric.partition(",")
+                    if isinstance(value, float) and not name.endswith("_stderr"):
+                        error = metrics.get(f"{name}_stderr,{how}")
+                        shown = f"{error:.4f}" if isinstance(error, float) else "-"
+                        table.add_row(of, name, f"{value:.4f}", shown)
             out().print(table)
         emit({"model": model, "harness": results}, as_json)
         return
 
     one = tasks.task(name)
-    asked = tasks.questions(one, tasks.documents(one, file)[:limit])
+    asked = tasks.questions(one, tasks.documents(one, file, limit=limit))
     results = {}
     for which in filter(None, (model, against)):
         subject = loaded(which)
@@ -287,12 +315,20 @@ def _evaluate_tasks(
             subject.model, subject.tokenizer, one, asked, batch_size=batch_size
         )
     if not as_json:
-        table = Table("model", "accuracy", "± s.e.", "normalised", "examples", box=None)
+        table = Table("model", "accuracy", "normalised", "examples", box=None)
         for which, result in results.items():
-            norm = "-" if result.accuracy_norm is None else f"{result.accuracy_norm:.4f}"
-            row = (which, f"{result.accuracy:.4f}", f"{result.stderr:.4f}", norm)
-            table.add_row(*row, str(result.examples))
+            norm = "-"
+            if result.accuracy_norm is not None:
+                norm = f"{result.accuracy_norm:.4f} ± {result.stderr_norm:.4f}"
+            row = (f"{result.accuracy:.4f} ± {result.stderr:.4f}", norm, str(result.examples))
+            table.add_row(which, *row)
         out().print(table)
+        out().print("accuracy ± its standard error")
+        if parts := results[model].parts:
+            table = Table("part", *results, box=None)
+            for part in parts:
+                table.add_row(part, *(f"{result.parts[part]:.4f}" for result in results.values()))
+            out().print(table)
     result = results[model]
     data = {
         "model": model,
@@ -300,11 +336,13 @@ def _evaluate_tasks(
         "accuracy": result.accuracy,
         "accuracy_norm": result.accuracy_norm,
         "stderr": result.stderr,
+        "stderr_norm": result.stderr_norm,
         "examples": result.examples,
+        "parts": result.parts,
     }
     if against is not None:
         other = results[against]
-        difference, interval = tasks.paired_difference(result.right, other.right)
+        difference, interval = tasks.paired_difference(result.right, other.right, result.part_of)
         data |= {
             "against": against,
             "against_accuracy": other.accuracy,
@@ -313,7 +351,10 @@ def _evaluate_tasks(
         }
         if not as_json:
             low, high = interval
-            out().print(f"difference {difference:+.4f}, 95 % between {low:+.4f} and {high:+.4f}")
+            out().print(
+                f"difference {difference:+.4f}, 95 % between {low:+.4f} and {high:+.4f} "
+                f"(paired bootstrap)"
+            )
     emit(data, as_json)
 
 

@@ -33,8 +33,8 @@ from assay.spec.run import BpeTokenizerSpec, DataSpec, SourceSpec, TokenizerSpec
 FILE = "manifest.json"
 VERSION = "prepared-1"
 FORMATS = {"modded": "bin", "nanogpt": "bin", "npy": "npy"}
-"""modded: llm.c's header of 256 int32, then uint16. nanogpt: uint16 alone. npy: uint16, or uint32
-where the vocabulary is larger."""
+"""modded: llm.c's header of 256 int32, then uint16, or uint32 where the vocabulary is larger.
+nanogpt: uint16 alone. npy: uint16 or uint32."""
 
 SHARD_TOKENS = 100_000_000
 _TASK_CHARACTERS, _TASK_DOCUMENTS = 1 << 20, 4096
@@ -84,10 +84,10 @@ def prepare(
     spec = DataSpec(sources=(SourceSpec(corpus=name),), tokenizer=tokenizer, held_out=held_out)
     training = corpora.split(corpus, held_out)[0] if tokenizer.kind in ("bpe", "char") else corpus
     made = loader.tokenizer_of(spec, [corpus], [training])
-    if FORMATS[form] == "bin" and made.vocab_size > 2**16:
+    if form == "nanogpt" and made.vocab_size > 2**16:
         raise AssayError(
-            f"tokenizer: its vocabulary is {made.vocab_size}, but .bin holds uint16, up to 65536 "
-            f"ids; --format npy holds more."
+            f"tokenizer: its vocabulary is {made.vocab_size}, but nanoGPT's .bin holds uint16, up "
+            f"to 65536 ids; --format modded holds more."
         )
     wanted = {
         "version": VERSION,
@@ -149,6 +149,25 @@ def open_prepared(folder: Path, manifest: Manifest) -> TokenCorpus:
         _check_size(path, shard)
         arrays += shards.read(path)
     return TokenCorpus(str(folder), shards.Joined(arrays), folder)
+
+
+def refuse_other_tokenizer(corpus: str, asked: TokenizerSpec) -> None:
+    """A prepared folder is read by its own tokenizer; this says so to who asks for another.
+
+    Raises:
+        AssayError: if the corpus is such a folder, and its tokenizer of another kind or size.
+    """
+    manifest = read_manifest(Path(corpus).expanduser())
+    if manifest is None or asked.kind in ("file", "ids"):  # those are held to the ids themselves
+        return
+    own = manifest["tokenizer"]
+    size = asked.vocab_size if asked.kind == "bpe" else own["vocab_size"]
+    if (own["kind"], own["vocab_size"]) != (asked.kind, size):
+        found = asked.kind + (f" of {size} ids" if asked.kind == "bpe" else "")
+        raise AssayError(
+            f"tokenizer: found {found}, but {corpus} was prepared with its own ({own['kind']} of "
+            f"{own['vocab_size']} ids), which training takes; leave --tokenizer out."
+        )
 
 
 def _refuse_other_files(out: Path) -> None:

@@ -1,8 +1,9 @@
 """Token shards: files of ids, mapped into memory and never copied.
 
-Two forms of `.bin`: headerless little-endian uint16 (nanoGPT), and a header of 256 int32 whose
-first three are a magic number, a version and the count of tokens, then uint16 (llm.c's GPT-2
-form, modded-nanogpt). Also `.npy` and `.npz`, arrays of one axis of integers.
+Forms of `.bin`: headerless little-endian uint16 (nanoGPT), and a header of 256 int32 whose first
+three are a magic number, a version and the count of tokens, then uint16 (llm.c's GPT-2 form,
+modded-nanogpt) or uint32 (llm.c's Llama 3 form, for larger vocabularies). Also `.npy` and `.npz`,
+arrays of one axis of integers.
 """
 
 import os
@@ -14,8 +15,9 @@ import numpy as np
 from assay.data import cache
 from assay.errors import AssayError
 
-MAGIC, VERSION = 20240520, 1
-OTHER_MAGICS = {20240801: "llm.c's uint32 form (Llama 3)", 20240522: "llm.c's evaluation form"}
+HEADERS = {20240520: (1, "<u2"), 20240801: (7, "<u4")}
+"""Magic number -> version, and the dtype of ids. llm.c: dev/data/data_common.py."""
+EVALUATION_MAGIC = 20240522
 HEADER_BYTES = 256 * 4
 
 
@@ -79,40 +81,44 @@ def _read_bin(path: Path) -> np.ndarray:
     size = path.stat().st_size
     if size >= HEADER_BYTES:
         magic, version, count = np.fromfile(path, "<i4", 3).tolist()
-        if magic in OTHER_MAGICS or (magic == MAGIC and version != VERSION):
-            what = OTHER_MAGICS.get(magic, f"version {version}")
-            raise AssayError(
-                f"{path}: found {what}; legal are headerless uint16 and magic {MAGIC} "
-                f"version {VERSION}."
-            )
-        if magic == MAGIC:
-            expected = HEADER_BYTES + 2 * count
+        if magic == EVALUATION_MAGIC:
+            raise AssayError(f"{path}: found llm.c's evaluation form, which holds no text's ids.")
+        if magic in HEADERS:
+            legal, dtype = HEADERS[magic]
+            if version != legal:
+                raise AssayError(
+                    f"{path}: found version {version} of magic {magic}; legal is {legal}."
+                )
+            expected = HEADER_BYTES + np.dtype(dtype).itemsize * count
             if size != expected:
                 raise AssayError(
                     f"{path}: the header tells of {count} tokens, so {expected} bytes, but the "
                     f"file has {size}."
                 )
-            return _map(path, HEADER_BYTES, count)
+            return _map(path, HEADER_BYTES, count, dtype)
     if size % 2:
         raise AssayError(
             f"{path}: found {size} bytes, but uint16 tokens take an even number; expected "
             f"{size + 1} or {size - 1}."
         )
-    return _map(path, 0, size // 2)
+    return _map(path, 0, size // 2, "<u2")
 
 
-def _map(path: Path, offset: int, count: int) -> np.ndarray:
+def _map(path: Path, offset: int, count: int, dtype: str) -> np.ndarray:
     if not count:
-        return np.zeros(0, "<u2")
+        return np.zeros(0, dtype)
     # asarray keeps the mapping but drops the subclass, whose slices are slow.
-    return np.asarray(np.memmap(path, "<u2", "r", offset=offset, shape=(count,)))
+    return np.asarray(np.memmap(path, dtype, "r", offset=offset, shape=(count,)))
 
 
 def write(path: str | os.PathLike, ids: np.ndarray, *, header: bool = True) -> None:
-    """Writes ids [tokens] as `.bin` (with or without the header) or `.npy`, atomically.
+    """Writes ids [tokens] as `.bin` (with or without a header) or `.npy`, atomically.
+
+    With a header, ids that are uint32 are written as such, all others as uint16.
 
     Raises:
-        AssayError: if an id does not fit in uint16 (`.bin`), or for another extension.
+        AssayError: if an id does not fit in uint16 where there is no header, or for another
+            extension.
     """
     path, ids = Path(path), np.asarray(ids)
     if path.suffix == ".npy":
@@ -122,8 +128,10 @@ def write(path: str | os.PathLike, ids: np.ndarray, *, header: bool = True) -> N
         return cache.write(path, buffer.getvalue())
     if path.suffix != ".bin":
         raise AssayError(f"{path}: found extension '{path.suffix}'; legal are: .bin, .npy.")
-    if len(ids) and not (ids.min() >= 0 and ids.max() < 2**16):
-        raise AssayError(f"{path}: ids reach {ids.max()}, but .bin holds uint16; write .npy.")
+    magic = 20240801 if header and ids.dtype == np.uint32 else 20240520
+    version, dtype = HEADERS[magic]
+    if len(ids) and not (ids.min() >= 0 and ids.max() <= np.iinfo(dtype).max):
+        raise AssayError(f"{path}: ids reach {ids.max()}, but this .bin holds uint16; write .npy.")
     head = np.zeros(256 if header else 0, "<i4")
-    head[:3] = (MAGIC, VERSION, len(ids))[: len(head)]
-    cache.write(path, head.tobytes() + ids.astype("<u2").tobytes())
+    head[:3] = (magic, version, len(ids))[: len(head)]
+    cache.write(path, head.tobytes() + ids.astype(dtype).tobytes())

@@ -33,11 +33,13 @@ type Ids = np.ndarray
 class Tokenizer(Protocol):
     """What the rest of Assay asks of a tokenizer.
 
-    `pieces[i]` are the bytes that id i stands for; special tokens stand for none.
+    `pieces[i]` are the bytes that id i stands for; special tokens stand for none. `prefix_ids`
+    begin every text that a model is given alone (Llama's `<s>`); `encode` leaves them out.
     """
 
     kind: str
     vocab_size: int
+    prefix_ids: tuple[int, ...]
     eos_id: int | None
     bos_id: int | None
     unknown_id: int | None
@@ -59,6 +61,7 @@ class _Base:
 
     kind: ClassVar[str]
     vocab_size: int
+    prefix_ids: tuple[int, ...] = ()
     eos_id: int | None = None
     bos_id: int | None = None
     unknown_id: int | None = None
@@ -196,8 +199,8 @@ def _cuts_at_lines(library: Any) -> bool:
 class HuggingFaceTokenizer(_Base):
     """A `tokenizer.json`: BPE trained here (kind "bpe") or made elsewhere ("file").
 
-    The post-processor's special tokens (a leading `<s>`, say) are not added: the loader puts
-    document ends itself.
+    The post-processor's special tokens (a leading `<s>`, say) are not added by `encode`: the
+    loader puts document ends itself. Those that lead are `prefix_ids`, for prompts.
     """
 
     def __init__(
@@ -224,13 +227,15 @@ class HuggingFaceTokenizer(_Base):
         self.vocab_size = max(vocabulary.values()) + 1
         self.eos_id = vocabulary.get(eos)
         self.bos_id = vocabulary.get(bos, self.eos_id)
+        self.prefix_ids = _leading(self._library)
         added = self._library.get_added_tokens_decoder()
         self.special_ids = {t.content: i for i, t in sorted(added.items()) if t.special}
         for name in (eos, bos):
             if name in vocabulary:
                 self.special_ids[name] = vocabulary[name]
         parsed = json.loads(definition)
-        self.unknown_id = vocabulary.get(parsed["model"].get("unk_token"))
+        model = parsed["model"]  # unigrams name the id, the others the token
+        self.unknown_id = model.get("unk_id", vocabulary.get(model.get("unk_token")))
         decoders = _kinds(parsed["decoder"])
         self._byte_level = "ByteLevel" in decoders
         self._drop_first_space = bool({"Metaspace", "Strip"} & decoders)
@@ -306,6 +311,15 @@ def huggingface_files(tokenizer: Tokenizer) -> dict[str, str]:
     library.add_special_tokens(specials)
     made = HuggingFaceTokenizer(library.to_str(), eos=END, bos=END)
     return {name: text for name, text in made.to_files().items() if name != FILE}
+
+
+def _leading(library: Any) -> tuple[int, ...]:
+    """The ids that the post-processor puts before a text."""
+    alone, whole = (library.encode("a", add_special_tokens=add).ids for add in (False, True))
+    for at in range(len(whole)):
+        if alone and whole[at : at + len(alone)] == alone:
+            return tuple(whole[:at])
+    return ()
 
 
 def _kinds(part: Any) -> set[str]:

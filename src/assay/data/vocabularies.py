@@ -7,6 +7,7 @@ the models' authors published.
 
 import base64
 import binascii
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,13 @@ def from_gguf(metadata: Mapping[str, Any]) -> HuggingFaceTokenizer:
     control = [t for t, type_ in zip(tokens, types, strict=True) if type_ == CONTROL]
     defined = [t for t, type_ in zip(tokens, types, strict=True) if type_ == USER_DEFINED]
     _add(library, control, defined)
+    if metadata.get("tokenizer.ggml.add_bos_token", kind == "llama") and token("bos") is not None:
+        from tokenizers.processors import TemplateProcessing
+
+        begin, i = token("bos"), metadata["tokenizer.ggml.bos_token_id"]
+        library.post_processor = TemplateProcessing(
+            single=f"{begin} $A", pair=f"{begin} $A {begin} $B", special_tokens=[(begin, i)]
+        )
     return HuggingFaceTokenizer(
         library.to_str(),
         eos=token("eos"),
@@ -162,7 +170,39 @@ def _sentencepiece(metadata: Mapping[str, Any], tokens: list[str], unknown: str 
     return library
 
 
-GGUF_KINDS = {"gpt2": _byte_level, "llama": _sentencepiece}
+def _unigram(metadata: Mapping[str, Any], tokens: list[str], unknown: str | None):
+    """SentencePiece's unigrams, as T5 has them: the likeliest cut, by the scores.
+
+    Files call T5's 100 marks of a blank in the text `[PAD32000]` and on; here they get their names,
+    of which the last is the first.
+    """
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    scores = metadata.get("tokenizer.ggml.scores")
+    if scores is None:
+        raise AssayError("tokenizer.ggml.scores is missing.")
+    named = list(tokens)
+    blanks = [i for i, token in enumerate(named) if re.fullmatch(r"\[PAD\d+\]", token)]
+    for n, i in enumerate(blanks[:BLANKS]):
+        named[i] = f"<extra_id_{BLANKS - 1 - n}>"
+    unknown_id = None if unknown is None else tokens.index(unknown)
+    model = models.Unigram(list(zip(named, scores, strict=True)), unknown_id, byte_fallback=False)
+    library = Tokenizer(model)
+    if charsmap := metadata.get("tokenizer.ggml.precompiled_charsmap"):
+        library.normalizer = normalizers.Precompiled(bytes(charsmap))
+    library.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.WhitespaceSplit(),
+            pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always"),
+        ]
+    )
+    library.decoder = decoders.Metaspace(replacement="▁", prepend_scheme="always")
+    _add(library, [named[i] for i in blanks[:BLANKS]])
+    return library
+
+
+BLANKS = 100
+GGUF_KINDS = {"gpt2": _byte_level, "llama": _sentencepiece, "t5": _unigram}
 """`tokenizer.ggml.model` -> what rebuilds it."""
 
 # ---------------------------------------------------------------------------- tiktoken

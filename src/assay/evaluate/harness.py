@@ -4,6 +4,7 @@ The `harness` extra. `AssayLM` is what the harness calls a model: log-likelihood
 (contexts shared by several are computed once), of whole texts in windows, and greedy texts.
 """
 
+import os
 from typing import Any
 
 from assay.data.tokenizers import Tokenizer
@@ -44,7 +45,8 @@ def harness_model(model: Transformer, tokenizer: Tokenizer, *, batch_size: int =
         def tok_encode(
             self, string: str, add_special_tokens: bool | None = None, **_: Any
         ) -> list[int]:
-            return list(map(int, tokenizer.encode(string)))
+            begins = () if add_special_tokens is False else tokenizer.prefix_ids
+            return [*begins, *map(int, tokenizer.encode(string))]
 
         def _loglikelihood_tokens(self, requests, **_: Any) -> list[tuple[float, bool]]:
             pairs = [(context, continuation) for _, context, continuation in requests]
@@ -52,41 +54,46 @@ def harness_model(model: Transformer, tokenizer: Tokenizer, *, batch_size: int =
             return [(one.nats, one.greedy) for one in found]
 
         def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
-            totals = []
-            for request in requests:
+            pairs, of = [], []
+            for number, request in enumerate(requests):
                 windows = get_rolling_token_windows(
                     token_list=self.tok_encode(request.args[0]),
                     prefix_token=self.prefix_token_id,
                     max_seq_len=model.spec.context,
                     context_len=1,
                 )
-                pairs = [make_disjoint_window(window) for window in windows]
-                found = loglikelihoods(model, pairs, batch_size=batch_size)
-                totals.append(sum(one.nats for one in found))
+                pairs += [make_disjoint_window(window) for window in windows]
+                of += [number] * (len(pairs) - len(of))
+            totals = [0.0] * len(requests)
+            for number, one in zip(
+                of, loglikelihoods(model, pairs, batch_size=batch_size), strict=True
+            ):
+                totals[number] += one.nats
             return totals
 
         def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
-            texts: list[str] = []
-            for start in range(0, len(requests), batch_size):
-                part = requests[start : start + batch_size]
-                settings = [request.args[1] for request in part]
-                for one in settings:
-                    _only_greedy(one)
-                stops = {tuple(_stops(one)) for one in settings}
-                if len(stops) > 1:  # each row would need its own
-                    texts += [self.generate_until([request])[0] for request in part]
-                    continue
-                new = [int(one.get("max_gen_toks", 256)) for one in settings]
-                prompts = [self._shortened(r.args[0], n) for r, n in zip(part, new, strict=True)]
-                done = complete_batch(
-                    model,
-                    tokenizer,
-                    prompts,
-                    max_new_tokens=new,
-                    stop=stops.pop(),
-                    temperature=0.0,
-                )
-                texts += [one.text for one in done]
+            texts = [""] * len(requests)
+            alike: dict[tuple[str, ...], list[tuple[int, list[int], int]]] = {}
+            for number, request in enumerate(requests):
+                prompt, settings = request.args
+                _only_greedy(settings)
+                new = int(settings.get("max_gen_toks", 256))
+                row = (number, self._shortened(prompt, new), new)
+                alike.setdefault(tuple(_stops(settings)), []).append(row)
+            for stop, rows in alike.items():
+                rows.sort(key=lambda row: len(row[1]), reverse=True)  # alike in length, too
+                for start in range(0, len(rows), batch_size):
+                    numbers, prompts, new = zip(*rows[start : start + batch_size], strict=True)
+                    done = complete_batch(
+                        model,
+                        tokenizer,
+                        prompts,
+                        max_new_tokens=list(new),
+                        stop=stop,
+                        temperature=0.0,
+                    )
+                    for number, one in zip(numbers, done, strict=True):
+                        texts[number] = one.text
             return texts
 
         def _shortened(self, prompt: str, new: int) -> list[int]:
@@ -116,12 +123,12 @@ def run_harness(
     limit: int | None = None,
     include_path: str | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """The harness' own results of its tasks, by task: {metric: value}.
+    """The harness' own results of its tasks, by task: {metric: value}, standard errors among them.
 
     `include_path` is a folder of further task files (YAML), as the harness takes them.
 
     Raises:
-        AssayError: if a task is unknown to the harness.
+        AssayError: if a task is unknown to the harness, or its documents are out of reach.
     """
     adapter = harness_model(model, tokenizer, batch_size=batch_size)
     from lm_eval import simple_evaluate
@@ -131,7 +138,19 @@ def run_harness(
     for name in tasks:
         if name not in manager.all_tasks:
             raise AssayError(f"--harness: the harness has no task '{name}'.")
-    results = simple_evaluate(
-        model=adapter, tasks=list(tasks), limit=limit, task_manager=manager, bootstrap_iters=0
-    )
+    # Standard errors of means have a formula; of others, a bootstrap, here in this process.
+    os.environ["DISABLE_MULTIPROC"] = "1"
+    try:
+        results = simple_evaluate(
+            model=adapter,
+            tasks=list(tasks),
+            limit=limit,
+            task_manager=manager,
+            bootstrap_iters=1000,
+        )
+    except (OSError, ConnectionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise AssayError(
+            f"--harness: the documents of {', '.join(tasks)} cannot be had ({reason})."
+        ) from None
     return results["results"]

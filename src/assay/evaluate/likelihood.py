@@ -1,7 +1,8 @@
 """Log-likelihoods of continuations: what multiple-choice tasks and the evaluation harness ask for.
 
 Requests that share a context have it computed once: its keys and values are kept, and every
-continuation starts from them. Contexts are padded to powers of two, so that few programs compile.
+continuation starts from them. So is the beginning that many contexts share (the examples before a
+few-shot question). Contexts are padded to powers of two, so that few programs compile.
 
 Axes: G contexts, R requests, T context tokens, C continuation tokens, V vocabulary.
 """
@@ -21,6 +22,9 @@ from assay.model.transformer import Transformer
 
 Request = tuple[Sequence[int], Sequence[int]]
 """(context ids, continuation ids), neither empty."""
+
+SHARED = 32
+"""Tokens that contexts have in common, at least, where their beginning is computed apart."""
 
 LOGITS_AT_ONCE = 2**26
 """Numbers in the logits of one call, at most: 256 MB of float32."""
@@ -58,24 +62,55 @@ def loglikelihoods(
         kept = tuple(context)[-max(1, limit + 1 - len(continuation)) :]
         groups.setdefault(kept, []).append(number)
     results: list[Likelihood | None] = [None] * len(requests)
-    ordered = sorted(groups, key=len, reverse=True)
-    for start in range(0, len(ordered), batch_size):
-        contexts = ordered[start : start + batch_size]
-        _score(model, contexts, [groups[c] for c in contexts], requests, batch_size, results)
+    for prefix, contexts in _families(list(groups), batch_size):
+        begun = None
+        if prefix:
+            tokens, lengths = _padded([prefix], 1)
+            _, begun = _prefill(model, None, tokens, lengths, tokens.shape[1])
+        ordered = sorted(contexts, key=len, reverse=True)
+        for start in range(0, len(ordered), batch_size):
+            part = ordered[start : start + batch_size]
+            rests = [context[len(prefix) :] for context in part]
+            _score(model, begun, rests, [groups[c] for c in part], requests, batch_size, results)
     return results
 
 
-def _score(model, contexts, numbers, requests, batch_size, results) -> None:
-    """Fills in the results of the requests that have these contexts."""
+def _families(
+    contexts: list[tuple[int, ...]], least: int
+) -> list[tuple[tuple[int, ...], list[tuple[int, ...]]]]:
+    """(beginning, the contexts that have it): apart where they fill a batch, the others as one."""
+    alike: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
+    for context in contexts:
+        alike.setdefault(context[:SHARED], []).append(context)
+    families, others = [], []
+    for start, family in alike.items():
+        if len(family) < max(least, 2) or len(start) < SHARED:
+            others += family
+            continue
+        first, last = min(family), max(family)  # what these two share, all share
+        most = min(map(len, family)) - 1  # one token stays, whose logits come next
+        end = next((i for i in range(most) if first[i] != last[i]), most)
+        families.append((first[:end], family))
+    return [*families, ((), others)]
+
+
+def _padded(rows: Sequence[Sequence[int]], count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Ids [count, width] and lengths [count]; rows that are missing hold one token."""
+    tokens = np.zeros((count, _power_of_two(max(map(len, rows)), least=16)), np.int32)
+    lengths = np.ones(count, np.int32)
+    for g, row in enumerate(rows):
+        tokens[g, : len(row)] = row
+        lengths[g] = len(row)
+    return tokens, lengths
+
+
+def _score(model, begun, contexts, numbers, requests, batch_size, results) -> None:
+    """Fills in the results of the requests that have these contexts, behind what is `begun`."""
     rows = [(g, number) for g, group in enumerate(numbers) for number in group]
     longest = _power_of_two(max(len(requests[number][1]) for _, number in rows))
-    width = _power_of_two(max(map(len, contexts)), least=16)
-    tokens = np.zeros((batch_size, width), np.int32)
-    lengths = np.ones(batch_size, np.int32)
-    for g, context in enumerate(contexts):
-        tokens[g, : len(context)] = context
-        lengths[g] = len(context)
-    first, cache = _prefill(model, tokens, lengths, width + longest)
+    tokens, lengths = _padded(contexts, batch_size)
+    room = tokens.shape[1] + longest + (begun.capacity or 0 if begun else 0)
+    first, cache = _prefill(model, begun, tokens, lengths, room)
     most = max(1, LOGITS_AT_ONCE // (longest * model.spec.vocab_size))
     chunk = min(1 << (most.bit_length() - 1), _power_of_two(len(rows)))
     for start in range(0, len(rows), chunk):
@@ -92,14 +127,27 @@ def _score(model, contexts, numbers, requests, batch_size, results) -> None:
             results[number] = Likelihood(float(nats[row]), bool(greedy[row]))
 
 
-@partial(jax.jit, static_argnums=3)
+@partial(jax.jit, static_argnums=4)
 def _prefill(
-    model: Transformer, tokens: Int32[Array, "g t"], lengths: Int32[Array, "g"], capacity: int
+    model: Transformer,
+    begun: Cache | None,
+    tokens: Int32[Array, "g t"],
+    lengths: Int32[Array, "g"],
+    capacity: int,
 ) -> tuple[Float32[Array, "g v"], Cache]:
-    """Log-probabilities of what follows each context, and the cache that holds it."""
-    cache = empty_cache(model.spec, tokens.shape[0], capacity, model.compute.dtype)
+    """Log-probabilities of what follows each context, and the cache that holds it.
+
+    `begun` is a cache of one row, which every context goes on from.
+    """
+    if begun is None:
+        cache = empty_cache(model.spec, tokens.shape[0], capacity, model.compute.dtype)
+    else:
+        cache = jax.tree.map(
+            lambda x: jnp.repeat(x, tokens.shape[0], axis=0), begun.grown(capacity)
+        )
+    places, lengths = lengths - 1, lengths + cache.lengths
     x, cache = model.hidden(tokens, cache=cache)
-    last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)
+    last = jnp.take_along_axis(x, places[:, None, None], axis=1)
     return jax.nn.log_softmax(model.logits(last)[:, 0], axis=-1), cache.with_lengths(lengths)
 
 

@@ -9,8 +9,9 @@ and come from there or from a local file.
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,20 +30,25 @@ class Question:
     """What is scored: (context, continuation) texts, which of them is right, and what it is worth.
 
     `choices` are the texts whose lengths normalise. One pair alone is right if greedy decoding
-    would write it.
+    would write it. `part` is the part of the task that it belongs to, where there are several.
     """
 
     pairs: tuple[tuple[str, str], ...]
     choices: tuple[str, ...]
     gold: int
+    part: str = ""
 
 
 @dataclass(frozen=True)
 class Task:
-    """A named task: where its documents are on the Hub, and how one becomes a question."""
+    """A named task: where its documents are on the Hub, and how one becomes a question.
+
+    `hub` is a data set, its configurations (each a part of the task, if there are several), and
+    its split. Of a task of parts the accuracy is the mean of theirs, whatever their sizes.
+    """
 
     name: str
-    hub: tuple[str, str | None, str]
+    hub: tuple[str, tuple[str | None, ...], str]
     question: Callable[[Document], Question]
     normalised: bool = True
 
@@ -93,21 +99,61 @@ def _blimp(doc: Document) -> Question:
     return _among("", [doc["sentence_good"], doc["sentence_bad"]], 0)
 
 
+BLIMP = tuple(
+    """
+    adjunct_island anaphor_gender_agreement anaphor_number_agreement animate_subject_passive
+    animate_subject_trans causative complex_NP_island
+    coordinate_structure_constraint_complex_left_branch
+    coordinate_structure_constraint_object_extraction determiner_noun_agreement_1
+    determiner_noun_agreement_2 determiner_noun_agreement_irregular_1
+    determiner_noun_agreement_irregular_2 determiner_noun_agreement_with_adj_2
+    determiner_noun_agreement_with_adj_irregular_1
+    determiner_noun_agreement_with_adj_irregular_2 determiner_noun_agreement_with_adjective_1
+    distractor_agreement_relational_noun distractor_agreement_relative_clause drop_argument
+    ellipsis_n_bar_1 ellipsis_n_bar_2 existential_there_object_raising
+    existential_there_quantifiers_1 existential_there_quantifiers_2
+    existential_there_subject_raising expletive_it_object_raising inchoative intransitive
+    irregular_past_participle_adjectives irregular_past_participle_verbs
+    irregular_plural_subject_verb_agreement_1 irregular_plural_subject_verb_agreement_2
+    left_branch_island_echo_question left_branch_island_simple_question
+    matrix_question_npi_licensor_present npi_present_1 npi_present_2 only_npi_licensor_present
+    only_npi_scope passive_1 passive_2 principle_A_c_command principle_A_case_1
+    principle_A_case_2 principle_A_domain_1 principle_A_domain_2 principle_A_domain_3
+    principle_A_reconstruction regular_plural_subject_verb_agreement_1
+    regular_plural_subject_verb_agreement_2 sentential_negation_npi_licensor_present
+    sentential_negation_npi_scope sentential_subject_island superlative_quantifiers_1
+    superlative_quantifiers_2 tough_vs_raising_1 tough_vs_raising_2 transitive wh_island
+    wh_questions_object_gap wh_questions_subject_gap wh_questions_subject_gap_long_distance
+    wh_vs_that_no_gap wh_vs_that_no_gap_long_distance wh_vs_that_with_gap
+    wh_vs_that_with_gap_long_distance
+    """.split()
+)
+"""BLiMP's 67 paradigms, by their configurations' names on the Hub."""
+
 TASKS = {
     task.name: task
     for task in (
-        Task("hellaswag", ("Rowan/hellaswag", None, "validation"), _hellaswag),
-        Task("arc_easy", ("allenai/ai2_arc", "ARC-Easy", "test"), _arc),
-        Task("arc_challenge", ("allenai/ai2_arc", "ARC-Challenge", "test"), _arc),
-        Task("piqa", ("baber/piqa", None, "validation"), _piqa),
+        Task("hellaswag", ("Rowan/hellaswag", (None,), "validation"), _hellaswag),
+        Task("arc_easy", ("allenai/ai2_arc", ("ARC-Easy",), "test"), _arc),
+        Task("arc_challenge", ("allenai/ai2_arc", ("ARC-Challenge",), "test"), _arc),
+        Task("piqa", ("baber/piqa", (None,), "validation"), _piqa),
         Task(
-            "winogrande", ("allenai/winogrande", "winogrande_xl", "validation"), _winogrande, False
+            "winogrande",
+            ("allenai/winogrande", ("winogrande_xl",), "validation"),
+            _winogrande,
+            False,
         ),
-        Task("lambada_openai", ("EleutherAI/lambada_openai", "default", "test"), _lambada, False),
-        Task("blimp", ("nyu-mll/blimp", "adjunct_island", "train"), _blimp, False),
+        Task(
+            "lambada_openai", ("EleutherAI/lambada_openai", ("default",), "test"), _lambada, False
+        ),
+        Task("blimp", ("nyu-mll/blimp", BLIMP, "train"), _blimp, False),
+        *(
+            Task(f"blimp/{paradigm}", ("nyu-mll/blimp", (paradigm,), "train"), _blimp, False)
+            for paradigm in BLIMP
+        ),
     )
 }
-"""BLiMP is one of its 67 paradigms here; give another's file, or `--harness blimp` for all."""
+"""By name; `blimp` is all its paradigms, `blimp/NAME` one of them."""
 
 
 def task(name: str) -> Task:
@@ -124,17 +170,56 @@ def task(name: str) -> Task:
 # ---------------------------------------------------------------------------- documents
 
 
-def documents(task: Task, file: str | Path | None) -> list[Document]:
-    """A file's documents (.jsonl, .json, .parquet), or the Hub's.
+PART = "UID"
+"""The field in which BLiMP's documents name their paradigm."""
+
+
+def documents(
+    task: Task, file: str | Path | None = None, *, limit: int | None = None
+) -> list[Document]:
+    """The documents of a file (.jsonl, .json, .parquet) or of a folder of such, or the Hub's.
+
+    A task of parts finds a document's part in its field `UID`, else in its file's name. With
+    `limit`, only the first of each part.
 
     Raises:
         AssayError: if the file cannot be read, or the Hub is out of reach.
     """
-    if file is not None:
-        found = list(_read(Path(file)))
-        if not found:
-            raise AssayError(f"{file}: found no documents.")
-        return found
+    found = _of_hub(task) if file is None else _of_files(task, Path(file))
+    if len(task.hub[1]) == 1:
+        return found[:limit]
+    taken: Counter[str] = Counter()
+    kept = []
+    for document in found:
+        taken[document[PART]] += 1
+        if limit is None or taken[document[PART]] <= limit:
+            kept.append(document)
+    return kept
+
+
+def _of_files(task: Task, path: Path) -> list[Document]:
+    if not path.exists():
+        raise AssayError(f"--task-data: there is no file or folder {path}.")
+    files = [path]
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.suffix in _ENDINGS)
+    found = []
+    for file in files:
+        for document in _read(file):
+            if not isinstance(document, dict):
+                raise AssayError(f"{file}: found {document!r}, where a document has fields.")
+            found.append(document)
+            if len(task.hub[1]) > 1:
+                document.setdefault(PART, file.stem)
+    if not found:
+        raise AssayError(f"{path}: found no documents.")
+    # Of a file of several paradigms, the one that was asked for.
+    (part, *others) = task.hub[1]
+    named = [] if others else [document for document in found if document.get(PART) == part]
+    return named or found
+
+
+def _of_hub(task: Task) -> list[Document]:
     try:
         import datasets
     except ImportError:
@@ -142,19 +227,27 @@ def documents(task: Task, file: str | Path | None) -> list[Document]:
             "--task: data sets of the Hub need the 'data' extra; pip install 'assay[data]', or "
             "name a local file by --task-data."
         ) from None
-    path, config, split = task.hub
+    path, configs, split = task.hub
+    found = []
     try:
-        return list(datasets.load_dataset(path, config, split=split))
+        for config in configs:
+            part = {PART: config} if len(configs) > 1 else {}
+            loaded = datasets.load_dataset(path, config, split=split)
+            found += [document | part for document in loaded]
     except (OSError, ValueError) as error:
         raise AssayError(
             f"--task {task.name}: cannot read {path} from the Hub ({error}); name a local file "
             f"of the same fields by --task-data."
         ) from None
+    return found
+
+
+_ENDINGS = (".jsonl", ".json", ".parquet")
 
 
 def _read(path: Path) -> Iterator[Document]:
-    if not path.is_file():
-        raise AssayError(f"--task-data: there is no file {path}.")
+    if path.suffix not in _ENDINGS:
+        raise AssayError(f"{path}: found '{path.suffix}'; legal are {', '.join(_ENDINGS)}.")
     if path.suffix == ".parquet":
         try:
             import pyarrow.parquet
@@ -162,11 +255,20 @@ def _read(path: Path) -> Iterator[Document]:
             raise AssayError(
                 f"{path}: parquet needs the 'data' extra; pip install 'assay[data]'."
             ) from None
-        yield from pyarrow.parquet.read_table(path).to_pylist()
+        try:
+            yield from pyarrow.parquet.read_table(path).to_pylist()
+        except (OSError, ValueError) as error:
+            raise AssayError(f"{path}: is not a whole parquet file ({error}).") from None
         return
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8")
+        listed = json.loads(text) if path.suffix == ".json" else None
+    except (OSError, ValueError) as error:
+        raise AssayError(f"{path}: is not JSON ({error}).") from None
     if path.suffix == ".json":
-        yield from json.loads(text)
+        if not isinstance(listed, list):
+            raise AssayError(f"{path}: holds no list of documents.")
+        yield from listed
         return
     for number, line in enumerate(text.splitlines(), start=1):
         if line.strip():
@@ -185,13 +287,15 @@ def questions(task: Task, found: Sequence[Document]) -> list[Question]:
     made = []
     for number, document in enumerate(found):
         try:
-            made.append(task.question(document))
+            question = task.question(document)
+            part = document[PART] if len(task.hub[1]) > 1 else ""
+            made.append(replace(question, part=part))
         except KeyError as error:
             raise AssayError(
                 f"--task {task.name}: document {number} has no field {error}; "
                 f"it has {', '.join(map(repr, document))}."
             ) from None
-        except (ValueError, TypeError, AttributeError) as error:
+        except (ValueError, TypeError, AttributeError, IndexError) as error:
             raise AssayError(f"--task {task.name}: document {number}: {error}.") from None
     return made
 
@@ -203,16 +307,20 @@ def questions(task: Task, found: Sequence[Document]) -> list[Question]:
 class TaskResult:
     """`stderr` is of `accuracy`: the sample's standard deviation over sqrt(examples).
 
-    `right` and `right_norm` say of each example whether it was answered rightly.
+    `right` and `right_norm` say of each example whether it was answered rightly; `part_of` to
+    which part of the task it belongs, and `parts` has each one's accuracy, where there are several.
     """
 
     task: str
     accuracy: float
     accuracy_norm: float | None
     stderr: float
+    stderr_norm: float | None
     examples: int
     right: tuple[bool, ...]
     right_norm: tuple[bool, ...] | None
+    part_of: tuple[str, ...]
+    parts: dict[str, float]
 
 
 def score(
@@ -223,7 +331,7 @@ def score(
     *,
     batch_size: int = 8,
 ) -> TaskResult:
-    """The share of questions that the model answers rightly.
+    """The share of questions that the model answers rightly; of parts, the mean of their shares.
 
     Raises:
         AssayError: if an empty context needs a token that the tokenizer does not have.
@@ -245,15 +353,28 @@ def score(
         right.append(bool(nats.argmax() == question.gold))
         right_norm.append(bool((nats / lengths).argmax() == question.gold))
     normalised = tuple(right_norm) if task.normalised else None
+    part_of = tuple(question.part for question in asked)
+    shares = _by_part(right, part_of)
+    parts = {part: float(np.mean(answers)) for part, answers in shares.items()}
     return TaskResult(
         task=task.name,
-        accuracy=float(np.mean(right)),
+        accuracy=float(np.mean(list(parts.values()))),
         accuracy_norm=None if normalised is None else float(np.mean(normalised)),
-        stderr=standard_error(right),
+        stderr=math.hypot(*map(standard_error, shares.values())) / len(shares),
+        stderr_norm=None if normalised is None else standard_error(normalised),
         examples=len(right),
         right=tuple(right),
         right_norm=normalised,
+        part_of=part_of,
+        parts=parts if len(parts) > 1 else {},
     )
+
+
+def _by_part(right: Sequence[bool], part_of: Sequence[str]) -> dict[str, list[bool]]:
+    shares: dict[str, list[bool]] = {}
+    for answer, part in zip(right, part_of, strict=True):
+        shares.setdefault(part, []).append(answer)
+    return shares
 
 
 def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> Request:
@@ -268,7 +389,7 @@ def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> Reques
     stripped = context.rstrip()
     continuation, context = context[len(stripped) :] + continuation, stripped
     whole, before = list(tokenizer.encode(context + continuation)), tokenizer.encode(context)
-    return whole[: len(before)], whole[len(before) :]
+    return [*tokenizer.prefix_ids, *whole[: len(before)]], whole[len(before) :]
 
 
 def standard_error(right: Sequence[bool]) -> float:
@@ -279,12 +400,18 @@ def standard_error(right: Sequence[bool]) -> float:
 
 
 def paired_difference(
-    a: Sequence[bool], b: Sequence[bool], *, seed: int = 0
+    a: Sequence[bool], b: Sequence[bool], part_of: Sequence[str] = (), *, seed: int = 0
 ) -> tuple[float, tuple[float, float]]:
-    """Mean of a - b over the same examples, and its 95 % interval by the paired bootstrap (BCa)."""
+    """Mean of a - b over the same examples, and its 95 % interval by the paired bootstrap (BCa).
+
+    With `part_of`, the part of each example, every part weighs the same, as in the accuracy.
+    """
     from scipy import stats
 
     differences = np.asarray(a, float) - np.asarray(b, float)
+    if part_of:
+        size = Counter(part_of)
+        differences *= [len(part_of) / len(size) / size[part] for part in part_of]
     mean = float(differences.mean())
     if np.all(differences == differences[0]):
         return mean, (mean, mean)

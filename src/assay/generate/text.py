@@ -238,6 +238,7 @@ def _encode(
     for prompt in prompts:
         if isinstance(prompt, str):
             tokens = tokenizer.encode(prompt) if prompt else np.zeros((0,), np.int32)
+            tokens = np.concatenate([np.array(tokenizer.prefix_ids, np.int32), tokens])
         else:
             tokens = np.asarray(prompt, np.int32)
         if spec.encoder is not None and tokenizer.eos_id is not None and isinstance(prompt, str):

@@ -325,6 +325,8 @@ def convert(
         if to == "hf":
             raise AssayError("--vocab-multiple: a Hugging Face folder has no rows that only pad.")
         spec = spec.replace(vocab_multiple=vocab_multiple)
+    if family is not None and to != "hf":
+        raise AssayError(f"--family {family}: a model folder is of none; it goes with --to hf.")
     if to == "hf":
         family = known_family(family or source.family or family_of(spec))
         config = config_from_spec(spec, family)  # refuses what the family cannot say

@@ -70,6 +70,30 @@ GPT2 = {
     "transformer.ln_f": "output_norm",
     "lm_head": "output",
 }
+
+
+def _t5_stack(stack: str, short: str, parts: tuple[str, ...]) -> dict[str, str]:
+    """An encoder's names or a decoder's: `parts` are llama.cpp's of its sublayers, in order."""
+    modules = {"attn": "SelfAttention", "cross_attn": "EncDecAttention", "ffn": "DenseReluDense"}
+    names = {f"{stack}.final_layer_norm": f"{short}.output_norm"}
+    for n, part in enumerate(parts):
+        theirs = f"{stack}.block.{{i}}.layer.{n}"
+        ours, module = f"{short}.blk.{{i}}.{part}", f"{theirs}.{modules[part]}"
+        names[f"{theirs}.layer_norm"] = f"{ours}_norm"
+        if part == "ffn":
+            linear = {"wi": "up", "wi_0": "gate", "wi_1": "up", "wo": "down"}
+        else:
+            linear = {x: x for x in "qkvo"} | {"relative_attention_bias": "rel_b"}
+        names |= {f"{module}.{a}": f"{ours}_{b}" for a, b in linear.items()}
+    return names
+
+
+T5 = {
+    "shared": "token_embd",
+    "lm_head": "output",
+    **_t5_stack("encoder", "enc", ("attn", "ffn")),
+    **_t5_stack("decoder", "dec", ("attn", "cross_attn", "ffn")),
+}
 CONV1D = ("attn_qkv.weight", "attn_output.weight", "ffn_up.weight", "ffn_down.weight")
 
 NAMES = {
@@ -80,6 +104,7 @@ NAMES = {
     "olmoe": QWEN_MOE,
     "qwen3_moe": QWEN_MOE,
     "gpt2": GPT2,
+    "t5": T5,
 }
 """Hugging Face family -> its names of modules -> llama.cpp's; `{i}` a layer, `{e}` an expert."""
 
@@ -90,8 +115,13 @@ ARCHITECTURES = {
     "qwen3moe": "qwen3_moe",
     "olmoe": "olmoe",
     "gpt2": "gpt2",
+    "t5": "t5",
 }
 """`general.architecture` -> family; a llama with experts is a Mixtral."""
+
+UNREAD = ("rope_freqs.weight", "dec.blk.0.cross_attn_rel_b.weight")
+"""Tensors that hold no parameter: Llama 3's scaling, which the config says, and T5's positions
+between source and target, which nothing reads."""
 
 # ---------------------------------------------------------------------------- files
 
@@ -138,7 +168,7 @@ class GgufFile(Mapping):
                 f"supported are: {', '.join(ARCHITECTURES)}."
             )
         family = ARCHITECTURES[architecture]
-        read = _config_gpt2 if architecture == "gpt2" else _config_llama_like
+        read = {"gpt2": _config_gpt2, "t5": _config_t5}.get(family, _config_llama_like)
         config = read(self, family, lambda key, *default: self._get(architecture, key, *default))
         roles = {"bos": "bos", "eos": "eos", "padding": "pad"}
         ids = {
@@ -199,7 +229,9 @@ class GgufFile(Mapping):
             template = module.replace(f".{i}.", ".{i}.", 1) if i else module
             if theirs.expert is not None:
                 template = template.replace(f".experts.{theirs.expert}.", ".experts.{e}.")
-            name = f"{NAMES[family][template].format(i=i)}.{part}"
+            name, expert = f"{NAMES[family][template].format(i=i)}.{part}", theirs.expert
+            if expert is not None and name not in self._tensors:  # files before April 2024
+                name, expert = name.replace("_exps.", f".{expert}."), None
             if name not in self._tensors:
                 continue
             heads = None
@@ -207,8 +239,8 @@ class GgufFile(Mapping):
                 attention = spec.decoder.blocks()[int(i)].attention
                 heads = attention.heads if ".attn_q." in name else attention.num_kv_heads
             transposed = family == "gpt2" and name.endswith(CONV1D)
-            places[theirs.name] = _Place(name, theirs.expert, heads, transposed)
-        known = {place.name for place in places.values()} | {"rope_freqs.weight"}
+            places[theirs.name] = _Place(name, expert, heads, transposed)
+        known = {place.name for place in places.values()} | set(UNREAD)
         if spec.head.tied:
             known.add("output.weight")
         return places | {
@@ -306,6 +338,29 @@ def _config_gpt2(file: GgufFile, family: str, get) -> dict[str, Any]:
         "n_inner": None if hidden == 4 * width else hidden,
         "layer_norm_epsilon": get("attention.layer_norm_epsilon"),
         "tie_word_embeddings": file.head_is_embedding(),
+    }
+
+
+def _config_t5(file: GgufFile, family: str, get) -> dict[str, Any]:
+    layers = get("block_count")
+    return {
+        "model_type": family,
+        "vocab_size": file.rows("token_embd.weight"),
+        "d_model": get("embedding_length"),
+        "d_kv": get("attention.key_length"),
+        "d_ff": get("feed_forward_length"),
+        "num_layers": layers,
+        "num_decoder_layers": get("decoder_block_count", layers),
+        "num_heads": get("attention.head_count"),
+        "n_positions": get("context_length"),
+        "relative_attention_num_buckets": get("attention.relative_buckets_count"),
+        "layer_norm_epsilon": get(
+            "attention.layer_norm_rms_epsilon", get("attention.layer_norm_epsilon", 1e-6)
+        ),
+        # llama.cpp's graph decides by this tensor too
+        "feed_forward_proj": "gated-gelu" if file.has("enc.blk.0.ffn_gate.weight") else "relu",
+        "tie_word_embeddings": file.head_is_embedding(),
+        "decoder_start_token_id": get("decoder_start_token_id", 0),
     }
 
 

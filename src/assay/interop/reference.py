@@ -27,7 +27,9 @@ def logits(path: Path, kind: str, tokens: np.ndarray, dtype: str | None) -> np.n
         AssayError: if `transformers` finds a key missing or unexpected, or cannot read it.
     """
     import torch
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # ours is enough
     try:
         model = _from_gguf(path) if kind == "gguf" else _from_folder(path)
     except (ValueError, OSError, KeyError, RuntimeError) as error:
@@ -58,18 +60,26 @@ def _from_folder(path: Path):
 
 
 def _from_gguf(path: Path):
-    """As `from_pretrained(gguf_file=...)` does, which asks for one package more (accelerate)."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    """As `from_pretrained(gguf_file=...)` does, which asks for one package more (accelerate).
+
+    It takes every T5 to be gated by ReLU, which none is; of T5 the config is that of `gguf.py`.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
     from transformers.initialization import no_init_weights
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
     config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+    if config.model_type == "t5":
+        from assay.interop.gguf import GgufFile
+
+        config = AutoConfig.for_model(**GgufFile(path).config())
     with no_init_weights():
-        model = AutoModelForCausalLM.from_config(config)
+        form = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        model = form.from_config(config)
     state = load_gguf_checkpoint(path, return_tensors=True, model_to_load=model)["tensors"]
     found = model.load_state_dict(state, strict=False, assign=True)
-    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
-    if set(found.missing_keys) - tied or found.unexpected_keys:
+    missing = set(found.missing_keys)
+    model.tie_weights(missing_keys=missing)  # takes those out that it ties
+    if missing or found.unexpected_keys:
         raise AssayError(f"{path}: transformers finds {found}.")
-    model.tie_weights()
     return model

@@ -44,8 +44,9 @@ class Tracker:
                 from tensorboardX import SummaryWriter
             except ImportError:
                 raise need_extra("tensorboardX", "track", "Writing TensorBoard files") from None
+            named = {"filename_suffix": f".{step:09d}"}  # else two of one second are one file
             purged = {"purge_step": step + 1} if step else {}
-            self.writers.append(SummaryWriter(str(out / "tensorboard"), **purged))
+            self.writers.append(SummaryWriter(str(out / "tensorboard"), **named, **purged))
         if "wandb" in names:
             try:
                 import wandb
