@@ -198,6 +198,7 @@ def test_its_official_tasks(both, official, monkeypatch):
 
     from assay.evaluate import tasks
 
+    monkeypatch.setenv("DISABLE_MULTIPROC", "1")  # its bootstrap of a perplexity forks
     ours, theirs, loaded = both
     manager = TaskManager(include_path=str(official), include_defaults=False)
     names = {f"local_{name.replace('/', '_')}": name for name in OFFICIAL}
@@ -206,7 +207,7 @@ def test_its_official_tasks(both, official, monkeypatch):
             model=model,
             tasks=list(names),
             task_manager=manager,
-            bootstrap_iters=1,
+            bootstrap_iters=20,
             log_samples=True,
         )
         for model in (ours, theirs)

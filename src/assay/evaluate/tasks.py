@@ -288,7 +288,7 @@ def questions(task: Task, found: Sequence[Document]) -> list[Question]:
     for number, document in enumerate(found):
         try:
             question = task.question(document)
-            part = document[PART] if len(task.hub[1]) > 1 else ""
+            part = document.get(PART, "") if len(task.hub[1]) > 1 else ""
             made.append(replace(question, part=part))
         except KeyError as error:
             raise AssayError(
