@@ -73,7 +73,7 @@ def from_gguf(metadata: Mapping[str, Any]) -> HuggingFaceTokenizer:
     control = [t for t, type_ in zip(tokens, types, strict=True) if type_ == CONTROL]
     defined = [t for t, type_ in zip(tokens, types, strict=True) if type_ == USER_DEFINED]
     _add(library, control, defined)
-    if metadata.get("tokenizer.ggml.add_bos_token", kind == "llama") and token("bos") is not None:
+    if metadata.get("tokenizer.ggml.add_bos_token", BEGINS[kind]) and token("bos") is not None:
         from tokenizers.processors import TemplateProcessing
 
         begin, i = token("bos"), metadata["tokenizer.ggml.bos_token_id"]
@@ -202,6 +202,9 @@ def _unigram(metadata: Mapping[str, Any], tokens: list[str], unknown: str | None
 
 
 BLANKS = 100
+BEGINS = {"gpt2": False, "llama": True, "t5": False}
+"""`tokenizer.ggml.model` -> whether a token begins every text where the file does not say."""
+
 GGUF_KINDS = {"gpt2": _byte_level, "llama": _sentencepiece, "t5": _unigram}
 """`tokenizer.ggml.model` -> what rebuilds it."""
 
