@@ -83,8 +83,8 @@ def test_a_mistake_is_told_with_its_place(tmp_path, text, says):
             r"variants\.a\.set: model\.decoder\.num_layer.*did you mean 'num_layers'",
         ),
         (
-            HEAD + BUDGET + TWO + '[learning_rate]\nkind = "mup"\n',
-            "'mup' is not there yet",
+            HEAD + BUDGET + TWO + '[learning_rate]\nkind = "mup"\nbase_width = 50\n',
+            r"variants\.plain: .*mup\.base_width: found 50, but there is no such model",
         ),
         (
             HEAD + BUDGET.replace("[budget]", '[budget]\nequal = ["params"]') + TWO,
@@ -267,3 +267,34 @@ def test_where_time_counts_one_run_goes_at_a_time(tmp_path, monkeypatch):
     assert jobs(HEAD + BUDGET + TWO + "[running]\ntimed = true\n") == 1
     with pytest.raises(AssayError, match="one run has the machine to itself"):
         jobs(HEAD + seconds + TWO, 2)
+
+
+MUP = '[learning_rate]\nkind = "mup"\nbase_width = 32\ngrid = [1.0, 2.0]\nshare = 0.5\n'
+WIDTHS = """
+[ladder.narrow]
+set."model.d_model" = 64
+set."model.decoder.pattern.*.feed_forward.hidden" = 256
+[ladder.wide]
+"""
+
+
+def test_mup_tunes_each_variant_once_at_the_base_width(plan_of, tmp_path):
+    """Two widths of one variant share their base; the rate is each one's own, the updates too."""
+    plan = plan_of(HEAD + BUDGET + TWO + MUP + WIDTHS, steps=20)
+    assert {entry.run.model.mup.base_width for entry in plan.entries} == {32}
+    assert [entry.run.model.d_model for entry in plan.entries] == [64, 64, 128, 128]
+    trials = tuning_jobs(plan, tmp_path)
+    assert [*trials] == [(f"{name}@narrow", f) for name in ("plain", "gated") for f in (1.0, 2.0)]
+    for (_, factor), (job,) in trials.items():
+        assert job.run.model == job.entry.run.model.at_width(32).replace(mup=job.run.model.mup)
+        assert (job.run.model.mup.base_width, job.run.model.d_model) == (32, 32)
+        assert job.run.optimizer.lr == factor * job.entry.run.optimizer.lr
+        assert job.run.train.budget.amount == 10
+        assert job.run.train.score == "validation"
+
+
+def test_a_rate_that_is_known_at_the_base_width_is_not_tuned(plan_of, tmp_path):
+    plan = plan_of(HEAD + BUDGET + TWO + MUP + "lr = 0.02\n")
+    assert tuning_jobs(plan, tmp_path) == {}
+    assert {entry.run.optimizer.lr for entry in plan.entries} == {0.02}
+    assert {entry.run.data.validation for entry in plan.entries} == {0.0}

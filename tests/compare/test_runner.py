@@ -4,9 +4,11 @@ import csv
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -385,6 +387,44 @@ def test_a_ray_cluster_gives_the_same_numbers(write, here, tmp_path):
     assert there.environment.jobs == 2
     assert without_clocks(there) == without_clocks(compare(file, tmp_path / "here"))
     assert (tmp_path / "ray" / "runs" / "slow-s0" / "checkpoints").is_dir()
+
+
+@pytest.fixture
+def head():
+    """The address of a cluster with a server for clients, in a process group of its own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    start = [Path(sys.executable).with_name("ray"), "start", "--head", "--block", "--port=0"]
+    start += [f"--ray-client-server-port={port}", "--num-cpus=2", "--include-dashboard=false"]
+    quietly = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    cluster = subprocess.Popen([*start, "--disable-usage-stats"], start_new_session=True, **quietly)
+    try:
+        for _ in range(240):
+            with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+                break
+            time.sleep(0.5)
+        else:
+            pytest.fail("the cluster did not start")
+        yield f"ray://127.0.0.1:{port}"
+    finally:
+        os.killpg(cluster.pid, signal.SIGTERM)
+        try:
+            cluster.wait(30)
+        except subprocess.TimeoutExpired:
+            os.killpg(cluster.pid, signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_a_far_ray_cluster_gives_the_same_numbers(write, here, tmp_path, head):
+    """By Ray's client: this Assay is sent along, and the runs are one task each over there."""
+    file = write(seeds=1)
+    with command(file, tmp_path / "far", "--on", head, "--jobs", "2") as process:
+        _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert without_clocks(read_results(tmp_path / "far")) == without_clocks(
+        compare(file, tmp_path / "here")
+    )
 
 
 def test_runs_of_a_far_node_are_brought_back(write, tmp_path):

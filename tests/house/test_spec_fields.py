@@ -248,6 +248,7 @@ READING = PLAIN.replace(
 )
 ALIBI = PLAIN.at(POSITIONS, "alibi")
 VALUES = PLAIN.at(f"{ATTENTION}.value_embedding", {"gate_channels": 4})
+MUP = PLAIN.at("mup", {"base_width": 8})
 FURTHER = PLAIN.at("multi_token", {"depth": 1})
 UNTIED = PLAIN.at("head.tied", False)
 TRUNCATED = PLAIN.at(WEIGHTS, {"kind": "truncated_normal", "std": 0.3})
@@ -440,6 +441,9 @@ CASES: dict[str, Case] = {
     "TransformerSpec.multi_token": Case(of_model, PLAIN, "multi_token", {"depth": 1}),
     "MultiToken.depth": Case(of_model, FURTHER, "multi_token.depth", 2),
     "MultiToken.loss": Case(of_loss, TINY.replace(model=FURTHER), "model.multi_token.loss", 0.9),
+    "TransformerSpec.mup": Case(of_model, PLAIN, "mup", {"base_width": 8}),
+    **name_all("Mup", models(MUP, "mup", {
+        "base_width": 4, "embedding": 2.0, "hidden": 2.0, "output": 2.0})),
     # ---- tokenizers
     **tokenizer(ByteTokenizerSpec(), "char"),
     **tokenizer(CharTokenizerSpec(), "byte"),

@@ -39,6 +39,7 @@ from assay.interop.huggingface import SafetensorsFolder, layout, spec_from_confi
 from assay.loading import kind_of, load, open_source, spec_of
 from assay.model.sharding import make_mesh
 from assay.model.transformer import Transformer, named_parameters
+from assay.spec.model import Mup
 from assay.spec.run import MeshSpec
 
 V = 64
@@ -158,6 +159,18 @@ def test_a_run_becomes_what_transformers_loads(kind, tmp_path):
     assert theirs(text, add_special_tokens=False)["input_ids"] == ids.tolist()
     assert theirs.decode(ids) == text
     assert load(tmp_path / "hf").tokenizer.fingerprint == tokenizer.fingerprint
+
+
+def test_a_model_under_mup_keeps_its_logits(tmp_path):
+    """Their formats know no muP: its factors go into the weights, and what is read has none."""
+    tokenizer = TOKENIZERS["byte"]
+    small = spec_from_config(FAMILIES["smollm"]().to_dict())
+    mup = Mup(base_width=small.d_model // 2, hidden=0.7, output=3.0)
+    spec = small.replace(vocab_size=tokenizer.vocab_size, mup=mup)
+    named = named_parameters(Transformer(spec, rngs=jax.random.key(0)))
+    result = convert(open_run(tmp_path / "run", spec, named, tokenizer), tmp_path / "hf", to="hf")
+    assert 0 <= result.max_logit_difference <= result.tolerance
+    assert load(tmp_path / "hf").model.spec.mup is None
 
 
 def test_the_command(tmp_path, assay_command):

@@ -113,6 +113,7 @@ def show(model: Model, as_json: Json = False, settings: Settings = None) -> None
         "flops_per_token_train": flops.train,
         "kv_bytes_per_token": kv_bytes_per_token(spec),
         "kv_bytes_per_source_token": kv_bytes_per_source_token(spec),
+        "mup": None if spec.mup is None else _mup_changes(spec),
     }
     if not as_json:
         console = out()
@@ -130,10 +131,62 @@ def show(model: Model, as_json: Json = False, settings: Settings = None) -> None
             console.print(f"active parameters      {count.active:,}")
         console.print(f"training FLOPs a token {flops.train:,} at {spec.context:,} tokens")
         console.print(f"KV cache a token       {data['kv_bytes_per_token']:,} bytes in float32")
+        if spec.mup is not None:
+            console.print()
+            console.print(_mup_table(data["mup"]))
         if spec.encoder is not None:
             of_source = data["kv_bytes_per_source_token"]
             console.print(f"  and a source token   {of_source:,} bytes, made once")
     emit(data, as_json)
+
+
+def _mup_changes(spec) -> dict[str, Any]:
+    """What muP makes of the standard parametrisation, as factors; of widths that all grow alike."""
+    mup = spec.mup
+    m = spec.d_model / mup.base_width
+    base = spec.at_width(mup.base_width)
+    attentions = zip(spec.patterns(), base.patterns(), strict=True)
+    growths = {
+        ours.width(spec.d_model) / block.attentions()[part].width(base.d_model)
+        for (_, wide), (_, block) in attentions
+        for part, ours in wide.attentions().items()
+    }
+    return {
+        "base_width": mup.base_width,
+        "width_multiple": m,
+        "groups": {
+            "tables, vectors": {"std": 1.0, "adamw_lr": 1.0, "muon_lr": 1.0},
+            "matrices": {"std": m**-0.5, "adamw_lr": 1 / m, "muon_lr": 1.0},
+            "routers": {"std": m**-0.5, "adamw_lr": 1 / m, "muon_lr": m**-0.5},
+            "head": {"std": 1.0, "adamw_lr": 1.0, "muon_lr": 1.0},
+        },
+        "multipliers": {
+            "embedding": mup.embedding,
+            "hidden": mup.hidden,
+            "logits": mup.output / m,
+            "scores": [g**-0.5 for g in sorted(growths)],
+        },
+    }
+
+
+def _mup_table(changes: dict[str, Any]) -> Table:
+    title = (
+        f"muP: width {changes['width_multiple']:g} times the base's {changes['base_width']}; "
+        f"factors on the base's"
+    )
+    table = Table("", box=None, title=title, title_justify="left")
+    for name in ("initial std", "AdamW's rate", "Muon's rate", "multiplier"):
+        table.add_column(name, justify="right")
+    by = changes["multipliers"]
+    scores = ", ".join(f"{factor:.4g}" for factor in by["scores"])
+    multiplier = {"tables, vectors": f"{by['embedding']:.4g}", "head": f"{by['logits']:.4g}"}
+    multiplier["matrices"] = f"{by['hidden']:.4g}"
+    for name, group in changes["groups"].items():
+        numbers = (f"{group[key]:.4g}" for key in ("std", "adamw_lr", "muon_lr"))
+        table.add_row(name, *numbers, multiplier.get(name, ""))
+    if scores:
+        table.add_row("attention's scores, over 1/sqrt(head)", "", "", "", scores)
+    return table
 
 
 def run_of(model: str, changes: dict[str, Any]):

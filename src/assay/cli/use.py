@@ -362,14 +362,32 @@ def _evaluate_tasks(
 def check(
     model: Model,
     full: Annotated[bool, typer.Option("--full", help="A preset at its own size.")] = False,
+    coordinates: Annotated[
+        bool, typer.Option("--coordinates", help="muP's check: what grows with the width?")
+    ] = False,
+    widths: Annotated[
+        str, typer.Option(help="With --coordinates: d_model, the base first.")
+    ] = "64,128,256",
+    updates: Annotated[int, typer.Option(help="With --coordinates.", min=1)] = 4,
+    picture: Annotated[
+        Path | None, typer.Option("--out", help="With --coordinates: a .png or .svg to draw.")
+    ] = None,
     seed: Seed = 0,
     settings: Settings = None,
     as_json: Json = False,
 ) -> None:
     """Proves what can be proved: no sight of the future, cache, gradients, bfloat16.
 
+    With `--coordinates`, instead: the model at several widths, a few updates, in the standard
+    parametrisation and under muP, and how much each part's output changed.
+
     Example: assay check gpt2
+
+    Example: assay check nano --coordinates --set optimizer=muon --out coordinates.png
     """
+    if coordinates:
+        _check_coordinates(model, changes_of(settings), widths, updates, picture, as_json)
+        return
     from assay.evaluate.checks import check as run_checks
     from assay.loading import kind_of, load
     from assay.spec.presets import PRESETS, shrink
@@ -388,4 +406,69 @@ def check(
         out().print(table)
     emit({"model": model, **asdict(report)}, as_json)
     if not report.passed:
+        raise typer.Exit(1)
+
+
+def _check_coordinates(
+    model: str,
+    changes: dict,
+    widths: str,
+    updates: int,
+    picture: Path | None,
+    as_json: bool,
+) -> None:
+    from assay.loading import run_of
+    from assay.train.coordinates import check_coordinates, shown
+
+    if not all(width.strip().isdigit() for width in widths.split(",")):
+        raise AssayError(f"--widths: found '{widths}'; give numbers, as in 64,128,256.")
+    if picture is not None and picture.suffix not in (".png", ".svg"):
+        raise AssayError(f"--out: found '{picture}'; name a .png or a .svg.")
+    if picture is not None and picture.exists():
+        raise AssayError(f"--out: {picture} is there already; name another.")
+    run = run_of(model).changed(changes)
+    standard, mup = check_coordinates(run, [int(width) for width in widths.split(",")], updates)
+    if not as_json:
+        for form in (standard, mup):
+            title = {"mup": "muP", "standard": "standard parametrisation"}[form.parametrisation]
+            table = Table(
+                "part", box=None, title=f"{title}, {form.optimizer}", title_justify="left"
+            )
+            for width in form.widths:
+                table.add_column(f"{width}", justify="right")
+            table.add_column("slope", justify="right")
+            table.add_column("")
+            for part in form.parts:
+                changed = (f"{change:.4f}" for change in part.changes[-1])
+                table.add_row(part.name, *changed, f"{part.slope:+.2f}", shown(part.slope))
+            out().print(table)
+            out().print()
+        out().print(
+            f"Each figure is how much an output changed in {updates} updates (root mean square); "
+            f"the slope, the power of the width that it grows with."
+        )
+        steepest = mup.steepest
+        found = f"{steepest.name} has {steepest.slope:+.2f}"
+        out().print(
+            f"Under muP nothing grows with the width: at most {found}."
+            if mup.passed
+            else f"Under muP something grows with the width: {found}."
+        )
+    if picture is not None:
+        from assay.train.plot import plot_coordinates
+
+        plot_coordinates(picture, (standard, mup), title=model)
+        if not as_json:
+            out().print(f"picture  {picture}", soft_wrap=True)
+    emit(
+        {
+            "model": model,
+            "passed": mup.passed,
+            "updates": updates,
+            "coordinates": [asdict(form) for form in (standard, mup)],
+            "picture": picture and str(picture),
+        },
+        as_json,
+    )
+    if not mup.passed:
         raise typer.Exit(1)

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from assay.compare import statistics
-from assay.compare.experiment import Entry, Plan
+from assay.compare.experiment import Entry, Plan, tuned
 from assay.compare.pools import Pool
 from assay.compare.results import Pair, read_results
+from assay.compare.sizes import measure
 from assay.errors import AssayError
 from assay.spec.accounting import planned_steps, training_flops
 
@@ -113,14 +114,17 @@ def outline(plan: Plan, pool: Pool, pilot: Path | None, out: Path | None) -> Out
 
 def _cost(entry: Entry, plan: Plan, measured: dict[str, float]) -> Cost:
     run, rate = entry.run, plan.experiment.learning_rate
-    tuning = len(rate.grid) * len(rate.seeds) if rate.kind == "tune" else 0
-    share = rate.share if rate.kind == "tune" else 1.0
+    narrow = next((run for run, rows in tuned(plan) if rows[0] is entry), None)
+    tuning = 0 if narrow is None else len(rate.grid) * len(rate.seeds)
+    cost = 0.0  # of a run that tunes, as a share of one that is reported
+    if narrow is not None:
+        cost = rate.share * measure(narrow, "flops_per_token") / measure(run, "flops_per_token")
     step, compiling = measured["step_seconds"], measured["compile_seconds"]
     steps = planned_steps(run)
     if steps is None:
         steps = round(run.train.budget.amount / step)
     tokens = steps * run.data.batch_size * run.data.seq_len
-    whole = len(plan.seeds) + tuning * share
+    whole = len(plan.seeds) + tuning * cost
     runs = len(plan.seeds) + tuning
     return Cost(
         name=entry.name,

@@ -35,8 +35,8 @@ from assay.errors import AssayError, did_you_mean
 from assay.spec import presets
 from assay.spec.accounting import planned_steps
 from assay.spec.base import Spec
-from assay.spec.model import TransformerSpec
-from assay.spec.run import DataSpec, RunSpec
+from assay.spec.model import Mup, TransformerSpec
+from assay.spec.run import BudgetSpec, DataSpec, RunSpec
 
 Paths = dict[str, Any]
 """Values by dotted path, as in `model.decoder.num_layers`."""
@@ -162,15 +162,12 @@ class OneRate(Spec):
     lr: PositiveFloat | None = None
 
 
-class TunedRate(Spec):
-    """The best of a small grid for each variant, at equal cost.
-
-    `grid` are factors on the run's own rate. Each is tried on `seeds`, none of which is a seed
+class _Grid(Spec):
+    """`grid` are factors on the run's own rate. Each is tried on `seeds`, none of which is a seed
     that is reported, at `share` of the budget, and scored on a validation split: the last
     `validation` of the training text, which no reported run is scored on or trained on.
     """
 
-    kind: Literal["tune"] = "tune"
     grid: tuple[PositiveFloat, ...] = (0.5, 1.0, 2.0)
     seeds: tuple[NonNegativeInt, ...] = (1000,)
     share: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -185,10 +182,23 @@ class TunedRate(Spec):
         return self
 
 
-class MupRate(Spec):
-    """Tuned at one width, transferred to the others (Yang et al., arXiv:2203.03466)."""
+class TunedRate(_Grid):
+    """The best of a small grid for each variant, at equal cost."""
+
+    kind: Literal["tune"] = "tune"
+
+
+class MupRate(_Grid):
+    """The best of a small grid at `base_width`, carried over by muP (arXiv:2203.03466).
+
+    Every variant (of every rung) is trained under muP with that base. Each different model of the
+    base width is tuned once, with as many updates as the first row that it stands for. `lr` is a
+    rate that is known to suit the base width: nothing is tuned then.
+    """
 
     kind: Literal["mup"] = "mup"
+    base_width: PositiveInt
+    lr: PositiveFloat | None = None
 
 
 LearningRate = Annotated[OneRate | TunedRate | MupRate, Field(discriminator="kind")]
@@ -255,7 +265,7 @@ class Experiment(Spec):
                 f"variants.{names[0]}.solve.like: the first variant is what others are solved to "
                 f"meet; name the one that this one is to meet."
             )
-        if self.learning_rate.kind == "tune":
+        if self.learning_rate.kind != "one":
             both = {*self.learning_rate.seeds} & {*self.design.seed_list}
             if both:
                 raise ValueError(
@@ -358,8 +368,6 @@ def resolve(experiment: Experiment, folder: Path | str = ".", *, steps: int | No
         AssayError: if a path does not exist or a value is not legal there; if sizes that must be
             equal are not; if a size cannot be solved for.
     """
-    if experiment.learning_rate.kind == "mup":
-        raise AssayError("learning_rate.kind: 'mup' is not there yet; legal are 'one' and 'tune'.")
     if steps is not None:
         rungs = {name: rung.replace(amount=None) for name, rung in experiment.ladder.items()}
         experiment = experiment.replace(
@@ -384,7 +392,8 @@ def resolve(experiment: Experiment, folder: Path | str = ".", *, steps: int | No
             vocab = vocabularies[run.data].tokenizer.vocab_size
             runs[name] = run.replace(model=run.model.with_vocab(vocab))
         for name, variant in experiment.variants.items():
-            made[name] = _solved(experiment, runs, name, variant)
+            run, solved = _solved(experiment, runs, name, variant)
+            made[name] = _with_mup(run, experiment.learning_rate, f"variants.{name}"), solved
         first = made[next(iter(made))][0]
         for name, (run, solved) in made.items():
             row = name if rung_name is None else f"{name}@{rung_name}"
@@ -431,9 +440,9 @@ def _base_run(experiment: Experiment, folder: Path) -> RunSpec:
         "train.target_loss": None,
         "seed": 0,
     }
-    if rate.kind == "tune":
+    if tunes(rate):
         decided["data.validation"] = rate.validation
-    if rate.kind == "one" and rate.lr is not None:
+    if rate.kind != "tune" and rate.lr is not None:
         decided |= with_rate(run, rate.lr / run.optimizer.lr)
     return _changed(run, base.paths, "base.set").changed(decided)
 
@@ -462,6 +471,42 @@ def _changed(run: RunSpec, changes: Paths, where: str) -> RunSpec:
         return run.changed(changes) if changes else run
     except AssayError as error:
         raise AssayError(f"{where}: {error}") from None
+
+
+def tunes(rate: LearningRate) -> bool:
+    """Whether runs are made to choose learning rates by."""
+    return rate.kind == "tune" or (rate.kind == "mup" and rate.lr is None)
+
+
+def _with_mup(run: RunSpec, rate: LearningRate, where: str) -> RunSpec:
+    """The run under muP, where rates are carried over by it; constants of its own are kept."""
+    if rate.kind != "mup":
+        return run
+    mup = (run.model.mup or Mup(base_width=rate.base_width)).replace(base_width=rate.base_width)
+    return _changed(run, {"model.mup": mup.model_dump()}, where)
+
+
+def tuned(plan: "Plan") -> list[tuple[RunSpec, tuple["Entry", ...]]]:
+    """Each run that a learning rate is chosen for, and the rows that then have it.
+
+    A row's own run; under muP its model at the base width, once for all rows that share it.
+    """
+    rate = plan.experiment.learning_rate
+    if not tunes(rate):
+        return []
+    if rate.kind == "tune":
+        return [(entry.run, (entry,)) for entry in plan.entries]
+    groups: dict[str, tuple[RunSpec, tuple[Entry, ...]]] = {}
+    for entry in plan.entries:
+        model = entry.run.model
+        narrow = model.at_width(rate.base_width).replace(mup=model.mup)
+        run = entry.run.replace(model=narrow)
+        if (steps := planned_steps(entry.run)) is not None:
+            run = run.at("train.budget", {"unit": "steps", "amount": steps})
+        others = run.replace(train=entry.run.train.replace(budget=BudgetSpec()), seed=0)
+        first, rows = groups.get(others.to_json(None), (run, ()))
+        groups[others.to_json(None)] = first, (*rows, entry)
+    return [*groups.values()]
 
 
 def with_rate(run: RunSpec, factor: float) -> Paths:

@@ -458,13 +458,19 @@ def _notes(plan: Plan, environment: Environment) -> tuple[str, ...]:
     if not environment.seconds_comparable:
         notes.append(
             f"{environment.jobs} runs shared the machine at a time, so seconds are no result here; "
-            f"`running.timed = true` runs one at a time."
+            f"running.timed = true runs one at a time."
         )
     if any(entry.differs for entry in plan.entries):
         notes.append("Rows that differ in more than the model did not all see the same batches.")
     if plan.experiment.learning_rate.kind == "one" and len(plan.entries) > 1:
         notes.append(
             "One learning rate served all variants; the one that suits it best is favoured."
+        )
+    rate = plan.experiment.learning_rate
+    if rate.kind == "mup":
+        how = "tuned" if rate.lr is None else "given"
+        notes.append(
+            f"Learning rates were {how} at width {rate.base_width} and carried over by muP."
         )
     return tuple(notes)
 
@@ -519,11 +525,17 @@ def sentence(
         return f"{scored[0].name} has {scored[0].val_bpb_mean:.4f} bits per byte {told}."
     if plan.experiment.design.base is not None:
         base = next(row for row in rows if row.variant == plan.experiment.design.base)
-        return _against(base.name, pairs, told)
+        return _against(base.name, scored[0], pairs, told)
     return _among([row.name for row in rows], scored, pairs, told)
 
 
-def _against(base: str, pairs: Sequence[Pair], told: str) -> str:
+def _against(base: str, lowest: Row, pairs: Sequence[Pair], told: str) -> str:
+    if all(pair.verdict == "undecided" for pair in pairs):
+        others = _and([pair.a for pair in pairs], "or")
+        return (
+            f"No difference between {base} and {others} could be told {told}; {lowest.name} has "
+            f"the lowest mean, {lowest.val_bpb_mean:.4f} bits per byte."
+        )
     parts = []
     for verdict in ("better", "worse", "equivalent"):
         named = [f"{pair.a} ({_by(pair)})" for pair in pairs if pair.verdict == verdict]

@@ -330,8 +330,6 @@ def warnings(results: Results) -> list[str]:
         )
     if results.pairs and not design.margin:
         found.append("No margin was declared, so no pair can be called equivalent.")
-    if not results.environment.seconds_comparable:
-        found.append("Runs shared the cores, so their seconds are not comparable from row to row.")
     return [*dict.fromkeys([*found, *results.notes])]
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from assay.compare.design import Outline, outline
-from assay.compare.experiment import Entry, Experiment, Plan, read, resolve, with_rate
+from assay.compare.experiment import Entry, Experiment, Plan, read, resolve, tuned, with_rate
 from assay.compare.live import Silent, Watcher
 from assay.compare.pools import Pool, Processes, Ray, free_cores, has_accelerator
 from assay.compare.record import (
@@ -285,10 +285,9 @@ class Comparison:
 
     def tune(self, pool: Pool) -> None:
         """Tries the grid of learning rates for each row, and keeps each one's best."""
-        rate = self.plan.experiment.learning_rate
-        if rate.kind != "tune":
-            return
         trials = tuning_jobs(self.plan, self.out)
+        if not trials:
+            return
         self._carry_out(pool, [job for group in trials.values() for job in group], "tuning")
         means: dict[str, dict[float, float]] = {}
         for (name, factor), jobs in trials.items():
@@ -296,6 +295,7 @@ class Comparison:
             self.tuning += records
             scores = [r.val_bpb if r.val_bpb is not None else float("inf") for r in records]
             means.setdefault(name, {})[factor] = sum(scores) / len(scores)
+        rows = {entries[0].name: entries for _, entries in tuned(self.plan)}
         for name, by_factor in means.items():
             best = min(by_factor, key=by_factor.__getitem__)
             if by_factor[best] == float("inf"):
@@ -303,7 +303,8 @@ class Comparison:
                     f"{name}: every learning rate of the grid diverged; try lower factors in "
                     f"learning_rate.grid."
                 )
-            self.factors[name] = best
+            for entry in rows[name]:
+                self.factors[entry.name] = best
             if best in (min(by_factor), max(by_factor)):
                 end = "lower" if best == min(by_factor) else "upper"
                 self.flags[name].append(
@@ -396,20 +397,22 @@ def tuning_jobs(plan: Plan, out: Path) -> dict[tuple[str, float], list[Job]]:
     """The runs that choose learning rates, by row and factor: other seeds, scored on other text."""
     rate = plan.experiment.learning_rate
     trials: dict[tuple[str, float], list[Job]] = {}
-    for entry in plan.entries:
+    for narrow, entries in tuned(plan):
+        row = entries[0].name
+        width = f"-w{rate.base_width}" if rate.kind == "mup" else ""
         for factor in rate.grid:
             for seed in rate.seeds:
-                run = entry.run.changed(
-                    with_rate(entry.run, factor)
+                run = narrow.changed(
+                    with_rate(narrow, factor)
                     | {
                         "seed": seed,
                         "train.score": "validation",
-                        "train.budget.amount": entry.run.train.budget.amount * rate.share,
+                        "train.budget.amount": narrow.train.budget.amount * rate.share,
                     }
                 )
-                name = f"{entry.name}-lr{factor:g}-s{seed}"
-                job = Job(name, entry, run, out / "tuning" / name)
-                trials.setdefault((entry.name, factor), []).append(job)
+                name = f"{row}{width}-lr{factor:g}-s{seed}"
+                job = Job(name, entries[0], run, out / "tuning" / name)
+                trials.setdefault((row, factor), []).append(job)
     return trials
 
 

@@ -10,7 +10,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -47,6 +47,7 @@ from assay.interop.tensor_files import (
     shape_of,
     write_safetensors,
 )
+from assay.model.mup import folded
 from assay.model.sharding import RULES, parameter_shardings, use_mesh
 from assay.model.transformer import (
     abstract,
@@ -327,14 +328,17 @@ def convert(
         spec = spec.replace(vocab_multiple=vocab_multiple)
     if family is not None and to != "hf":
         raise AssayError(f"--family {family}: a model folder is of none; it goes with --to hf.")
+    written = source
     if to == "hf":
+        written = _without_mup(source)
+        spec = written.spec
         family = known_family(family or source.family or family_of(spec))
         config = config_from_spec(spec, family)  # refuses what the family cannot say
     note = None if verify is False else reference.missing(source.kind, to)
     if verify and note:
         raise AssayError(f"--verify: {note}")
     with new_folder(destination) as folder:
-        entries = source.entries(to, spec, family, dtype)
+        entries = written.entries(to, spec, family, dtype)
         total, done = sum(entry.nbytes for entry in entries), 0
 
         def tell(count: int) -> None:
@@ -371,6 +375,19 @@ def convert(
         files,
         note,
     )
+
+
+def _without_mup(source: Source) -> Source:
+    """The source with muP's multipliers in its weights: no other format knows them.
+
+    Raises:
+        AssayError: if a multiplier has no weights to go into.
+    """
+    if source.spec.mup is None:
+        return source
+    named = {name: np.asarray(source.tensors[name]) for name in source.tensors}
+    spec, weights = folded(source.spec, named)
+    return replace(source, spec=spec, tensors=weights)
 
 
 def _write_companions(folder: Path, source: Source) -> None:

@@ -61,23 +61,45 @@ def constant_parameter(shape: Sequence[int], axes: Sequence[str | None], value: 
     return nnx.Param(jnp.full(tuple(shape), value, jnp.float32), axes=tuple(axes))
 
 
+def kind_of(axes: Sequence[str | None]) -> str:
+    """What a parameter with these axes is: a matrix, a table, a vector or a balance.
+
+    A matrix maps features to features; a table has a row for each token or position.
+    """
+    if tuple(axes) == ("balance",):
+        return "balance"
+    if axes[0] == "expert":  # a batch of parameters, one an expert
+        axes = axes[1:]
+    if len(axes) < 2:
+        return "vector"
+    return "table" if "vocab" in axes or axes[0] is None else "matrix"
+
+
+def deviation(init: WeightInit, fan_in: int, fan_out: int) -> float:
+    """The standard deviation that initial values are drawn with."""
+    match init.kind:
+        case "zero":
+            return 0.0
+        case "xavier":
+            return math.sqrt(2 / (fan_in + fan_out))
+        case "fan_in":
+            return init.gain / math.sqrt(fan_in)
+    return init.std
+
+
 def initial_values(
     key: Key[Array, ""], shape: tuple[int, ...], init: WeightInit
 ) -> Float32[Array, "..."]:
     """Initial values of one matrix, (..., fan_in, fan_out)."""
-    fan_in, fan_out = shape[-2], shape[-1]
+    std = deviation(init, *shape[-2:])
     match init.kind:
         case "zero":
             return jnp.zeros(shape, jnp.float32)
         case "normal":
-            return init.std * jax.random.normal(key, shape, jnp.float32)
+            return std * jax.random.normal(key, shape, jnp.float32)
         case "truncated_normal":
             bound = init.bound
-            return init.std * jax.random.truncated_normal(key, -bound, bound, shape, jnp.float32)
-        case "xavier":
-            std = math.sqrt(2 / (fan_in + fan_out))
-        case "fan_in":
-            std = init.gain / math.sqrt(fan_in)
+            return std * jax.random.truncated_normal(key, -bound, bound, shape, jnp.float32)
     if init.distribution == "uniform":
         limit = std * math.sqrt(3)
         return jax.random.uniform(key, shape, jnp.float32, -limit, limit)

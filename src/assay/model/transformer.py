@@ -29,6 +29,7 @@ from assay.model.layers import (
     use_cpu_kernels,
 )
 from assay.model.moe import Moe, Routing
+from assay.model.mup import parametrise
 from assay.model.positions import sinusoidal
 from assay.model.sharding import constant_parameter, constrain, parameter, table_rows
 from assay.spec.model import (
@@ -65,6 +66,8 @@ class Embedding(nnx.Module):
         init = spec.init.embedding
         table_shape = (spec.padded_vocab, spec.d_model)
         self.spec = embedding
+        self.scale = math.sqrt(spec.d_model) if embedding.scale_by_sqrt_width else 1.0
+        self.multiplier = 1.0  # muP's (`mup.py`)
         self.table = parameter(token_key, table_shape, ("vocab", "embed"), init)
         learned = embedding.positions.kind == "learned"
         shape = (spec.context, spec.d_model)
@@ -87,12 +90,14 @@ class Embedding(nnx.Module):
             x = x + (table if table.ndim == 3 else table[None])
         if self.norm is not None:
             x = self.norm(x)
+        if self.multiplier != 1.0:
+            x = x * self.multiplier
         return dropout(x, self.spec.dropout, key)
 
     def rows(self, tokens: Int32[Array, "b t"]) -> Float32[Array, "b t d"]:
         """The tokens' vectors alone: no positions."""
         x = table_rows(self.table, tokens)
-        return x * math.sqrt(x.shape[-1]) if self.spec.scale_by_sqrt_width else x
+        return x if self.scale == 1.0 else x * self.scale
 
 
 class Block(nnx.Module):
@@ -127,6 +132,7 @@ class Block(nnx.Module):
             return Norm(d_model, spec.norm, compute) if present else None
 
         self.dropout = spec.dropout
+        self.multiplier = 1.0  # muP's (`mup.py`)
         self.norm_after_sum = spec.norm_position == "post"
         self.attention_norm = norm(attends and before)
         self.attention = (
@@ -182,10 +188,12 @@ class Block(nnx.Module):
 
     def _add(self, x, y, post_norm, key):
         """x + y, with the norm that follows: of the sum (2017), or of y alone (Gemma 2)."""
+        if post_norm is not None and not self.norm_after_sum:
+            y = post_norm(y)
+        if self.multiplier != 1.0:
+            y = y * self.multiplier
         if self.norm_after_sum:
             return post_norm(x + dropout(y, self.dropout, key))
-        if post_norm is not None:
-            y = post_norm(y)
         return x + dropout(y, self.dropout, key)
 
 
@@ -405,6 +413,8 @@ class Transformer(Stack):
             for i, block in enumerate(spec.ahead())
         )
         self.head = Head(head_key, spec, compute) if spec.head else None
+        if spec.mup is not None:
+            parametrise(self)
 
     def __call__(
         self,

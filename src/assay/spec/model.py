@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
+from assay.errors import AssayError
 from assay.spec.base import Spec
 
 Probability = Annotated[float, Field(ge=0, lt=1)]
@@ -628,6 +629,64 @@ class MultiToken(Spec):
     loss: PositiveFloat = 0.3
 
 
+class Mup(Spec):
+    """Maximal update parametrisation (Yang et al., arXiv:2203.03466, table 8): width transfer.
+
+    The model is read as its base, `TransformerSpec.at_width(base_width)`, made wider: what suits
+    the base (learning rates, initial deviations, multipliers) is carried over by what each
+    parameter's fan-in and fan-out have grown by, and suits this width too. Where all widths are m
+    times the base's: matrices begin smaller by sqrt(m); AdamW moves them by 1/m of its rate, Muon
+    by its own (`train/optimizer.py`); logits are divided by m, and scores by the growth of a
+    head's width, times what the base's are scaled by. At the base width nothing changes. Depth
+    does not transfer.
+
+    `embedding` multiplies what the embedding gives, `hidden` what each part of a block adds to
+    the residual stream, `output` the logits: constants to be chosen at the base width.
+    """
+
+    base_width: PositiveInt
+    embedding: PositiveFloat = 1.0
+    hidden: PositiveFloat = 1.0
+    output: PositiveFloat = 1.0
+
+
+def _at_width(block: BlockSpec, width: int, d_model: int) -> BlockSpec:
+    """A block of a model of `d_model`, as it is at another width."""
+
+    def scaled(field: str, size: int) -> int:
+        if size * width % d_model:
+            raise ValueError(
+                f"{field}: found {size}, of which {width} / {d_model} (the widths) is no whole "
+                f"number."
+            )
+        return size * width // d_model
+
+    def mlp(old: MlpSpec | None) -> MlpSpec | None:
+        if old is None:
+            return None
+        hidden = tuple(scaled("hidden", f) for f in old.widths)
+        return old.replace(hidden=hidden if isinstance(old.hidden, tuple) else hidden[0])
+
+    def heads(old: AttentionSpec | None) -> AttentionSpec | None:
+        if old is None or old.head_dim is None:
+            return old
+        kv_heads = old.kv_heads
+        if kv_heads is not None and kv_heads > 1:
+            kv_heads = scaled("kv_heads", kv_heads)
+        return old.replace(heads=scaled("heads", old.heads), kv_heads=kv_heads)
+
+    feed_forward = block.feed_forward
+    if feed_forward is not None and feed_forward.kind == "moe":
+        feed_forward = feed_forward.replace(
+            expert=mlp(feed_forward.expert), shared=mlp(feed_forward.shared)
+        )
+    else:
+        feed_forward = mlp(feed_forward)
+    return block.replace(
+        attention=heads(block.attention), cross=heads(block.cross), feed_forward=feed_forward
+    )
+
+
 class TransformerSpec(Spec):
     """A whole architecture.
 
@@ -652,6 +711,7 @@ class TransformerSpec(Spec):
     init: InitSpec = InitSpec()
     vocab_multiple: PositiveInt = 1
     multi_token: MultiToken | None = None
+    mup: Mup | None = None
 
     @property
     def padded_vocab(self) -> int:
@@ -663,6 +723,24 @@ class TransformerSpec(Spec):
         if self.head is None:
             return self.replace(vocab_size=vocab_size, d_model=vocab_size)
         return self.replace(vocab_size=vocab_size)
+
+    def at_width(self, width: int) -> "TransformerSpec":
+        """The same architecture with another `d_model`, in the standard parametrisation.
+
+        Hidden widths keep their ratio to it. Heads become wider where their width follows from
+        d_model; where `head_dim` is given, there are more of them, and of kv heads, but for one.
+
+        Raises:
+            AssayError: if a width or a number of heads would be no whole number.
+        """
+        stacks = {
+            name: stack
+            and stack.replace(
+                pattern=tuple(_at_width(block, width, self.d_model) for block in stack.pattern)
+            )
+            for name, stack in (("decoder", self.decoder), ("encoder", self.encoder))
+        }
+        return self.replace(d_model=width, mup=None, **stacks)
 
     def layers(self) -> Iterator[tuple[str, BlockSpec]]:
         """Every layer by its name in a checkpoint (`encoder.layers.0`), in the order of a forward.
@@ -719,7 +797,19 @@ class TransformerSpec(Spec):
                 )
         if self.multi_token is not None:
             self._check_multi_token()
+        if self.mup is not None:
+            self._check_mup()
         return self
+
+    def _check_mup(self) -> None:
+        if self.head is None:
+            raise ValueError("mup: a table of logits has no width; the model needs a head.")
+        try:
+            self.at_width(self.mup.base_width)
+        except (AssayError, ValueError) as error:
+            raise ValueError(
+                f"mup.base_width: found {self.mup.base_width}, but there is no such model: {error}"
+            ) from None
 
     def _check_multi_token(self) -> None:
         if not self.decoder.num_layers or self.head is None:

@@ -125,6 +125,7 @@ def shrink(model: TransformerSpec) -> TransformerSpec:
     - channels that a gate of values reads: at most d_model; modules of multi-token prediction: all;
     - context: 64; windows keep their ratio to it, but are at least 4; relative positions have at
       most 8 buckets over a distance of 16, so that all of them are met;
+    - muP: its multipliers, the width being the base;
     - vocabulary: 64 (61 padded to 64 where the tables are padded); without a head, d_model.
 
     Nothing becomes larger than it was.
@@ -214,6 +215,7 @@ def shrink(model: TransformerSpec) -> TransformerSpec:
         context=context,
         decoder=small_stack(model.decoder),
         encoder=model.encoder and small_stack(model.encoder),
+        mup=model.mup and model.mup.replace(base_width=d_model),
     )
 
 

@@ -350,6 +350,10 @@ class RunSpec(Spec):
                 "train.score: found 'validation', but data.validation is 0: there is no such text."
             )
         self.mesh.check(self.model)
+        if self.model.mup is not None and self.optimizer.kind == "sgd":
+            raise ValueError(
+                "optimizer.kind: found sgd, but model.mup carries over the rates of adamw and muon."
+            )
         pairs = self.data.packing == "pairs"
         if pairs and self.model.encoder is None:
             raise ValueError(

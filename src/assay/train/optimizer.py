@@ -3,7 +3,8 @@
 A parameter is a `matrix` (it maps features to features), a `table` (a row for each token or
 position), a `vector` (biases and norm scales), or a `balance` (a router's bias that evens out the
 loads of experts). Weight decay falls on matrices and tables; Muon takes matrices only; a balance
-is no optimizer's, but moves by steps of one size (`balanced`).
+is no optimizer's, but moves by steps of one size (`balanced`). Under muP each has its own share
+of the rate (`width_factors`).
 """
 
 import math
@@ -16,50 +17,41 @@ from flax import nnx
 from jaxtyping import Array, Float32, Int32
 from optax.contrib import MuonState
 
+from assay.model.mup import Growth
+from assay.model.sharding import kind_of
 from assay.spec.run import MuonSpec, OptimizerSpec, ScheduleSpec
 
 
 def parameter_kinds(model: nnx.Module) -> dict:
     """The kind of each parameter, as a pure dict like the parameters'."""
-
-    def kind(axes) -> str:
-        if axes == ("balance",):
-            return "balance"
-        if axes[0] == "expert":  # a batch of parameters, one an expert
-            axes = axes[1:]
-        if len(axes) < 2:
-            return "vector"
-        return "table" if "vocab" in axes or axes[0] is None else "matrix"
-
     flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
-    kinds = {path: kind(param.axes) for path, param in flat}
+    kinds = {path: kind_of(param.axes) for path, param in flat}
     return nnx.traversals.unflatten_mapping(kinds)
 
 
 def make_optimizer(
-    spec: OptimizerSpec, kinds: dict, products: str = "float32"
+    spec: OptimizerSpec, kinds: dict, products: str = "float32", growth: dict | None = None
 ) -> optax.GradientTransformation:
     """Updates at the spec's full learning rate; the step multiplies them by the schedule.
 
-    `products` is the dtype of Muon's matrix products; all else is float32.
+    `products` is the dtype of Muon's matrix products; all else is float32. `growth` (of
+    `mup.growth`, like the parameters' dict) carries rates over from muP's base width.
     """
+    rates = None if growth is None else width_factors(spec, kinds, growth)
     decayed = jax.tree.map(lambda kind: kind in ("matrix", "table"), kinds)
     match spec.kind:
         case "adamw":
-            main = optax.adamw(
-                spec.lr,
-                b1=spec.b1,
-                b2=spec.b2,
-                eps=spec.epsilon,
-                weight_decay=spec.weight_decay,
-                mask=decayed,
+            main = optax.chain(  # optax.adamw, but for the rates
+                by_width(optax.scale_by_adam(spec.b1, spec.b2, spec.epsilon), rates),
+                optax.add_decayed_weights(spec.weight_decay, decayed),
+                optax.scale_by_learning_rate(spec.lr),
             )
         case "muon":
             # As optax.contrib.muon, and with its state, but for the products of all at once.
             main = optax.partition(
                 {
                     "muon": optax.chain(
-                        scale_by_muon(spec, products),
+                        by_width(scale_by_muon(spec, products), rates),
                         optax.identity(),  # Optax's factor by shape has its place here
                         optax.add_decayed_weights(spec.weight_decay),
                         optax.scale_by_learning_rate(spec.lr),
@@ -83,6 +75,48 @@ def make_optimizer(
     if spec.clip is None:
         return main
     return optax.chain(optax.clip_by_global_norm(spec.clip), main)
+
+
+def width_factors(spec: OptimizerSpec, kinds: dict, growth: dict) -> dict:
+    """muP's factor on the rate of each parameter, like the parameters' dict.
+
+    What a step adds to a matrix must change its output by as much at every width, so its largest
+    singular value must go as sqrt(fan_out / fan_in) (arXiv:2310.17813). Adam moves each entry by
+    the rate, along a direction that the inputs share, so that value is up to the rate times
+    sqrt(fan_in fan_out), and the rate must fall as 1 / fan_in (arXiv:2203.03466, table 8). Muon's
+    is the rate times sqrt(max(1, fan_out / fan_in)): right already where both widths grow alike,
+    and it falls as 1 / sqrt(fan_in) where the outputs do not, as a router's. Tables and vectors,
+    and a head whose logits are divided instead, keep their rates.
+
+    Weight decay is left as it is: what a step takes off a weight is the same at every width.
+    """
+
+    def factor(kind: str, grown: Growth) -> float:
+        if kind != "matrix":
+            return 1.0
+        if spec.kind == "muon":
+            return math.sqrt(grown.fan_out / grown.fan_in)
+        return 1.0 / grown.fan_in
+
+    return jax.tree.map(factor, kinds, growth)
+
+
+def by_width(
+    inner: optax.GradientTransformation, factors: dict | None
+) -> optax.GradientTransformation:
+    """`inner`, each parameter's update times its factor; the state is `inner`'s own."""
+    if factors is None:
+        return inner
+
+    def update(updates, state, params=None):
+        updates, state = inner.update(updates, state, params)
+        masked = lambda x: isinstance(x, optax.MaskedNode)  # noqa: E731
+        scaled = jax.tree.map(
+            lambda u, factor: u if masked(u) else u * factor, updates, factors, is_leaf=masked
+        )
+        return scaled, state
+
+    return optax.GradientTransformation(inner.init, update)
 
 
 def scale_by_muon(spec: MuonSpec, products: str) -> optax.GradientTransformation:

@@ -1,10 +1,16 @@
-"""The pictures of a run, from `metrics.jsonl` alone: loss against tokens, and experts' loads."""
+"""The pictures of a run, from `metrics.jsonl` alone: loss against tokens, and experts' loads.
+
+And that of a coordinate check."""
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from assay.train.coordinates import Coordinates
 
 
 def plot_losses(
@@ -119,3 +125,37 @@ def plot_experts(out: Path, *, title: str) -> Path | None:
     picture = out / "experts.png"
     figure.savefig(picture)
     return picture
+
+
+def plot_coordinates(path: Path, forms: Sequence["Coordinates"], *, title: str) -> None:
+    """Draws a coordinate check: each part's change after each update against the width."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4.2), dpi=110, layout="constrained")
+    axes = figure.subplots(1, len(forms), sharey=True)
+    for ax, form in zip(axes, forms, strict=True):
+        for i, part in enumerate(form.parts):
+            for step, changes in enumerate(part.changes[1:], start=1):
+                last = step == len(part.changes) - 1
+                ax.plot(
+                    form.widths,
+                    changes,
+                    color=f"C{i % 10}",
+                    alpha=1.0 if last else 0.25,
+                    marker="o" if last else None,
+                    markersize=4,
+                    linewidth=1.5 if last else 0.8,
+                    label=f"{part.name} ({part.slope:+.2f})" if last else None,
+                )
+        ax.set_xscale("log", base=2)
+        ax.set_yscale("log")
+        ax.set_xticks(form.widths, [str(width) for width in form.widths])
+        ax.set_xlabel("d_model")
+        name = "muP" if form.parametrisation == "mup" else "standard parametrisation"
+        ax.set_title(f"{name}, {form.optimizer}", fontsize=10)
+        ax.grid(alpha=0.25)
+        ax.legend(fontsize=7, title="part (slope)", title_fontsize=7)
+    updates = len(forms[0].parts[0].changes) - 1
+    axes[0].set_ylabel(f"change in up to {updates} updates (RMS)")
+    figure.suptitle(f"{title}: what changes more, the wider the model?", fontsize=11)
+    figure.savefig(path)

@@ -10,6 +10,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float32, Int32, Key
 
+from assay.model.mup import growth
 from assay.model.transformer import Transformer
 from assay.spec.model import BlockSpec, TransformerSpec
 from assay.spec.run import RunSpec
@@ -41,13 +42,24 @@ Metrics = dict[str, Any]
 Step = Callable[[TrainState, Batch, Float32[Array, ""]], tuple[TrainState, Metrics]]
 
 
+def optimizer_of(run: RunSpec, model: Transformer) -> optax.GradientTransformation:
+    """The run's optimizer for a (perhaps abstract) model.
+
+    Under muP gradients fall as the width grows, and so does the epsilon that they are held to.
+    """
+    spec, mup, grown = run.optimizer, run.model.mup, None
+    if mup is not None:
+        grown = growth(model)
+        spec = spec.replace(epsilon=spec.epsilon * mup.base_width / run.model.d_model)
+    return make_optimizer(spec, parameter_kinds(model), run.compute.dtype, grown)
+
+
 def initial_state(run: RunSpec) -> TrainState:
     """Parameters and optimizer at step 0, from the run's seed alone."""
     init_key, train_key = jax.random.split(jax.random.key(run.seed))
     model = Transformer(run.model, run.compute, rngs=init_key)
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-    tx = make_optimizer(run.optimizer, parameter_kinds(model))
-    optimizer = tx.init(params)
+    optimizer = optimizer_of(run, model).init(params)
     if run.compute.offload_optimizer:
         optimizer = moved(optimizer, jax.memory.Space.Host)
     return TrainState(params, optimizer, jnp.int32(0), train_key)
@@ -62,7 +74,7 @@ def make_step(run: RunSpec, abstract_model: Transformer) -> Step:
     """
     graph = nnx.graphdef(abstract_model)
     kinds, rates = parameter_kinds(abstract_model), balance_rates(abstract_model)
-    tx = make_optimizer(run.optimizer, kinds, run.compute.dtype)
+    tx = optimizer_of(run, abstract_model)
     parts = run.train.accumulate
     random, offload = uses_randomness(run.model), run.compute.offload_optimizer
 
