@@ -3,7 +3,7 @@
     python benchmarks/mup_transfer.py --out mup-transfer.json --picture mup-transfer.png
 
 Two layers, 64 tokens a row, 8 rows, the same batches for all; rates on a grid of factors of two.
-A figure is the mean training loss over the last 30 updates.
+A figure is the mean training loss over the last 20 of 120 updates.
 """
 
 import argparse
@@ -23,11 +23,11 @@ from assay.spec.run import LinearSchedule, RunSpec
 from assay.train.step import TrainState, make_step, optimizer_of
 
 WIDTHS = (64, 256)
-UPDATES, LAST = 160, 30
+UPDATES, LAST = 120, 20
 ROWS, LENGTH = 8, 64
 GRIDS = {
-    "adamw": [2.0**i / 1000 for i in range(6)],  # 0.001 ... 0.032
-    "muon": [0.005 * 2.0**i for i in range(6)],  # 0.005 ... 0.16
+    "adamw": [2.0**i / 1000 for i in range(5)],  # 0.001 ... 0.016
+    "muon": [0.005 * 2.0**i for i in range(5)],  # 0.005 ... 0.08
 }
 
 
