@@ -246,7 +246,6 @@ def test_the_command_runs_a_local_task(both, official, assay_command):
     found = json.loads(out.splitlines()[-1])["harness"]
     assert found["local_piqa"]["acc_stderr,none"] > 0
     assert found["local_lambada_openai"]["perplexity_stderr,none"] > 0
-    assert "± s.e." in out
 
 
 def test_documents_out_of_reach_are_a_sentence(both, assay_command):
@@ -254,5 +253,6 @@ def test_documents_out_of_reach_are_a_sentence(both, assay_command):
     status, out, err = assay_command("eval", loaded.name, "--harness", "piqa")
     assert (status, out) == (2, "")
     assert "assay: --harness: the documents of piqa cannot be had" in err
-    status, _, err = assay_command("eval", loaded.name, "--harness", "pikwa")
-    assert (status, err) == (2, "assay: --harness: the harness has no task 'pikwa'.\n")
+    status, _, err = assay_command("eval", loaded.name, "--harness", "lambada_opnai")
+    assert status == 2
+    assert "has no task 'lambada_opnai'; did you mean 'lambada_openai'" in err

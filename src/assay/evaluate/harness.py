@@ -8,7 +8,7 @@ import os
 from typing import Any
 
 from assay.data.tokenizers import Tokenizer
-from assay.errors import AssayError
+from assay.errors import AssayError, did_you_mean
 from assay.evaluate.likelihood import loglikelihoods
 from assay.generate.text import complete_batch
 from assay.model.transformer import Transformer
@@ -137,7 +137,8 @@ def run_harness(
     manager = TaskManager(include_path=include_path)
     for name in tasks:
         if name not in manager.all_tasks:
-            raise AssayError(f"--harness: the harness has no task '{name}'.")
+            near = did_you_mean(name, manager.all_tasks)
+            raise AssayError(f"--harness: the harness has no task '{name}'; {near}")
     # Standard errors of means have a formula; of others, a bootstrap, here in this process.
     os.environ["DISABLE_MULTIPROC"] = "1"
     try:
