@@ -177,8 +177,9 @@
         (o[cost] < r[cost] || o.mean < r.mean))).sort((a, b) => a[cost] - b[cost]);
       traces.unshift({ x: front.map((r) => r[cost]), y: front.map((r) => r.mean), mode: "lines",
         line: { shape: "hv", dash: "dash", width: 1, color: css("--soft") }, hoverinfo: "skip", showlegend: false });
-      const names = rows.map((r, i) => ({ x: r[cost], y: r.mean, text: text(r.name), showarrow: false,
-        xanchor: "left", xshift: 8, yshift: i % 2 ? -9 : 9, font: { size: 11 } }));
+      const byMean = [...rows].sort((a, b) => a.mean - b.mean);  // neighbours' names lie apart
+      const names = rows.map((r) => ({ x: r[cost], y: r.mean, text: text(r.name), showarrow: false,
+        xanchor: "left", xshift: 8, yshift: byMean.indexOf(r) % 2 ? 9 : -9, font: { size: 11 } }));
       const costs = rows.map((r) => r[cost]), low = Math.min(...costs), high = Math.max(...costs);
       const alike = high < 1.02 * low;  // equal by design: no axis of last digits
       return [traces, { annotations: names, margin: { l: 60, r: 50, t: 12, b: 44 },
