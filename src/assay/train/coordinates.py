@@ -30,8 +30,8 @@ ROWS, LENGTH, VOCABULARY = 4, 32, 64
 """Of the batch. A larger vocabulary is cut: its rows are of no interest here."""
 
 GROWS = 0.25
-"""A slope over this is growth. The standard parametrisation's steepest are about 1 (4 times the
-width, 4 times the change); what is left under muP is the noise of narrow models."""
+"""A slope over this is growth. The standard parametrisation's steepest are 0.8 to 2 (twice the
+width, up to 4 times the change); what is left under muP is the noise of narrow models."""
 
 
 @dataclass(frozen=True)
