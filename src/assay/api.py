@@ -1,37 +1,43 @@
-"""Assay from Python, in four calls: `load`, `train`, `generate`, `compare`."""
+"""Assay from Python, in four calls: `load`, `train`, `generate`, `compare`.
+
+Each imports what it needs when it is called: who trains does not wait for statistics.
+"""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from assay.compare.results import Results
-from assay.compare.runner import compare as _compare
 from assay.errors import AssayError
-from assay.generate.text import Completion, complete, complete_by_beams
-from assay.loading import Loaded, load
-from assay.spec import presets
-from assay.spec.run import RunSpec
-from assay.train.loop import TrainResult
-from assay.train.loop import train as _train
-from assay.train.plot import plot_experts, plot_losses
-from assay.train.processes import is_first
+
+if TYPE_CHECKING:
+    from assay.compare.results import Results
+    from assay.generate.text import Completion
+    from assay.loading import Loaded
+    from assay.spec.run import RunSpec
+    from assay.train.loop import TrainResult
 
 
-def preset(name: str, changes: dict[str, Any] | None = None) -> RunSpec:
+def preset(name: str, changes: dict[str, Any] | None = None) -> "RunSpec":
     """A preset's run, with the fields at some dotted paths changed.
 
     Raises:
         AssayError: if there is no such preset, or no such field.
     """
+    from assay.spec import presets
+
     return presets.get(name).run.changed(changes or {})
 
 
-def train(run: RunSpec | str, out: str | Path, **options: Any) -> TrainResult:
+def train(run: "RunSpec | str", out: str | Path, **options: Any) -> "TrainResult":
     """Trains a run (or a preset's own, by its name) in the folder `out`; draws `loss.png`.
 
     Where the model has experts, `experts.png` shows their loads.
 
     `options` are those of `assay.train.loop.train`: resume, stop_at, reporter, trackers.
     """
+    from assay.train.loop import train as _train
+    from assay.train.plot import plot_experts, plot_losses
+    from assay.train.processes import is_first
+
     run = preset(run) if isinstance(run, str) else run
     result = _train(run, out, **options)
     if not is_first():
@@ -42,21 +48,26 @@ def train(run: RunSpec | str, out: str | Path, **options: Any) -> TrainResult:
     return result
 
 
-def compare(file: str | Path, out: str | Path, **options: Any) -> Results:
+def compare(file: str | Path, out: str | Path, **options: Any) -> "Results":
     """Compares the variants of an experiment file in the folder `out`; draws the report.
 
     `options` are those of `assay.compare.runner.compare`: steps, target_flops, jobs, on, watcher.
     """
+    from assay.compare.runner import compare as _compare
+
     return _compare(file, out, **options)
 
 
-def generate(model: Loaded | str | Path, prompt: str, **options: Any) -> Completion:
+def generate(model: "Loaded | str | Path", prompt: str, **options: Any) -> "Completion":
     """Continues a prompt, or makes the target of a source. `options` are those of
     `assay.generate.text.complete`; `beams=N` and `length_penalty` search for the likeliest text.
 
     Raises:
         AssayError: if the model has no tokenizer.
     """
+    from assay.generate.text import complete, complete_by_beams
+    from assay.loading import Loaded, load
+
     loaded = model if isinstance(model, Loaded) else load(model)
     if loaded.tokenizer is None:
         raise AssayError(f"{loaded.name}: it has no tokenizer, so there is no text to make.")

@@ -249,6 +249,7 @@ READING = PLAIN.replace(
 ALIBI = PLAIN.at(POSITIONS, "alibi")
 VALUES = PLAIN.at(f"{ATTENTION}.value_embedding", {"gate_channels": 4})
 MUP = PLAIN.at("mup", {"base_width": 8})
+NGRAMS = PLAIN.at("embedding.ngrams", {"orders": [2], "rows": 64})
 FURTHER = PLAIN.at("multi_token", {"depth": 1})
 UNTIED = PLAIN.at("head.tied", False)
 TRUNCATED = PLAIN.at(WEIGHTS, {"kind": "truncated_normal", "std": 0.3})
@@ -426,8 +427,9 @@ CASES: dict[str, Case] = {
         "pattern": 2 * [PLAIN.decoder.pattern[0].at("norm", "rmsnorm").model_dump()],
         "num_layers": 3, "final_norm": {"kind": "rmsnorm"}, "causal": False})),
     **name_all("EmbeddingSpec", models(PLAIN, "embedding", {
-        "positions": "learned", "scale_by_sqrt_width": True, "norm": {"kind": "rmsnorm"},
-        "dropout": 0.5})),
+        "positions": "learned", "ngrams": {"rows": 64}, "scale_by_sqrt_width": True,
+        "norm": {"kind": "rmsnorm"}, "dropout": 0.5})),
+    **name_all("Ngrams", models(NGRAMS, "embedding.ngrams", {"orders": [2, 3], "rows": 65})),
     **name_all("HeadSpec", models(PLAIN, "head", {
         "tied": False, "bias": True, "softcap": 1.0, "scale_by_inverse_sqrt_width": True})),
     **name_all("TransformerSpec", models(PLAIN, "", {

@@ -312,6 +312,8 @@ def torch_twin(spec: TransformerSpec) -> Any:
     for i, block in enumerate(spec.decoder.pattern):
         if reason := _not_in_the_twin(block):
             raise AssayError(f"decoder.pattern.{i}: {reason}; the PyTorch twin has no such part.")
+    if spec.embedding.ngrams is not None:
+        raise AssayError("embedding.ngrams is set; the PyTorch twin has no such part.")
     if spec.multi_token is not None:
         raise AssayError("multi_token is set; the PyTorch twin has no such part.")
     if spec.head is None or spec.decoder.final_norm is None:

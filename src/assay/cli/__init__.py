@@ -2,24 +2,25 @@
 
 import sys
 
-from assay.cli import (  # noqa: F401, each adds its commands
-    compare,
-    convert,
-    data,
-    describe,
-    measure,
-    plan,
-    train,
-    use,
-)
-from assay.cli.application import app
 from assay.cli.memory import use_huge_pages
 from assay.errors import AssayError
 
 
 def main() -> None:
     """Runs the command; a user's mistake is one sentence on standard error and status 2."""
-    use_huge_pages()
+    use_huge_pages()  # starts Python again, so it comes before all that takes time
+    from assay.cli import (  # noqa: F401, each adds its commands
+        compare,
+        convert,
+        data,
+        describe,
+        measure,
+        plan,
+        train,
+        use,
+    )
+    from assay.cli.application import app
+
     debug = "--debug" in sys.argv
     if debug:
         sys.argv.remove("--debug")

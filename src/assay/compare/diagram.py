@@ -23,6 +23,8 @@ def _lines(spec: TransformerSpec) -> Iterator[str]:
     notes = [f"{spec.padded_vocab} x {spec.d_model}"]
     if embedding.positions.kind != "none":
         notes.append(f"+ {embedding.positions.kind} positions")
+    if embedding.ngrams is not None:
+        notes.append(f"+ n-grams of {', '.join(map(str, embedding.ngrams.orders))} tokens")
     if embedding.scale_by_sqrt_width:
         notes.append("scaled by sqrt(d)")
     if embedding.norm is not None:

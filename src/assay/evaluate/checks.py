@@ -25,6 +25,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int32, Key
 from assay.model.cache import empty_cache
 from assay.model.loss import token_losses
 from assay.model.moe import Moe, Routing
+from assay.model.ngrams import ngram_rows, preceding
 from assay.model.transformer import Output, Transformer, abstract, merge_named, named_parameters
 from assay.spec import presets
 from assay.spec.model import AttentionSpec, CapacitySpec, TransformerSpec, spec_exceptions
@@ -352,8 +353,8 @@ class _Nudged(nnx.Module):
         self.embedding, self.nudge = embedding, nnx.data(nudge)
         self.table = embedding.table
 
-    def __call__(self, *arguments) -> Float32[Array, "b t d"]:
-        return self.embedding(*arguments) + self.nudge
+    def __call__(self, *arguments, **row) -> Float32[Array, "b t d"]:
+        return self.embedding(*arguments, **row) + self.nudge
 
 
 @jax.jit
@@ -663,6 +664,7 @@ def unreached(
     if not tied:
         yield "embedding.table", Unreached(absent, why_absent)
     yield "source_embedding.table", Unreached(~np.isin(rows, read), why_absent)
+    yield from _unreached_ngrams(spec, tokens, given)
     places, source = np.arange(spec.context), given["source"].shape[1] if given else 0
     beyond = places >= (tokens.shape[1] if own else max(tokens.shape[1], source))
     why = "these places are not in the batch"
@@ -683,6 +685,27 @@ def unreached(
                 f"{layer}.{part}.{name}",
                 Unreached(np.ones(1, bool), "it cancels in the softmax", cancels=True),
             )
+
+
+def _unreached_ngrams(
+    spec: TransformerSpec, tokens: Int32[np.ndarray, "b t"], given: Mapping[str, np.ndarray]
+) -> Iterator[tuple[str, Unreached]]:
+    """Rows of n-grams that are not in the batch."""
+    every = np.ones(tokens.shape, bool)
+    own = spec.source_embedding is not None
+    read = [(given["source"], given["source_mask"])] if given else []
+    both = {"source_embedding": (spec.source_embedding, read)} if own else {}
+    both["embedding"] = spec.embedding, [(tokens, every), *([] if own else read)]
+    for name, (embedding, texts) in both.items():
+        if embedding.ngrams is None:
+            continue
+        for i, order in enumerate(embedding.ngrams.orders):
+            absent = np.ones(embedding.ngrams.table_rows(order, spec.vocab_size), bool)
+            for ids, real in texts:
+                last = (ids, *preceding(jnp.asarray(ids), order - 1))
+                rows = ngram_rows(last, len(absent), spec.vocab_size)
+                absent[np.asarray(rows)[real]] = False
+            yield f"{name}.ngrams.{i}", Unreached(absent, "these n-grams are not in the batch")
 
 
 def _steps_ahead(layer: str) -> int:
@@ -813,8 +836,8 @@ def _units(name: str, gradient: np.ndarray) -> np.ndarray:
 
 
 def _is_table(name: str) -> bool:
-    """Whether it has a row for each token or place."""
-    return name.endswith(("embedding.table", "embedding.positions"))
+    """Whether it has a row for each token, place or n-gram."""
+    return name.endswith(("embedding.table", "embedding.positions")) or ".ngrams." in name
 
 
 def _spot(name: str, units: np.ndarray) -> str:

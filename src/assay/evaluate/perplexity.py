@@ -14,7 +14,7 @@ Axes: B sequences, T tokens, V vocabulary.
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -81,11 +81,14 @@ class Evaluation:
     seconds: float
 
 
-def evaluate(model: Transformer, batches: ScoredBatches) -> Evaluation:
+def evaluate(
+    model: Transformer, batches: ScoredBatches, losses: Callable | None = None
+) -> Evaluation:
     """The model's figures over all batches, computed in the dtype that the model computes in.
 
-    Losses are float32, and so is their sum over a row; all beyond a row is summed in float64 on
-    the host, one batch behind the device.
+    `losses` is `row_losses`, or what it was compiled to for this model and these batches. Losses
+    are float32, and so is their sum over a row; all beyond a row is summed in float64 on the host,
+    one batch behind the device.
 
     Raises:
         AssayError: if there is no token to score, or if learned positions end before a window.
@@ -93,9 +96,10 @@ def evaluate(model: Transformer, batches: ScoredBatches) -> Evaluation:
     _check_positions(model, batches)
     started = time.perf_counter()
     nats, scored, pending = 0.0, 0, None
+    losses = losses or row_losses
     for batch in batches:
         scored += int((batch["weights"] > 0).sum())
-        rows = row_losses(model, dict(batch))
+        rows = losses(model, dict(batch))
         nats, pending = nats + _total(pending), rows
     nats += _total(pending)
     unscored, unknown = batches.unscored, sum(part.unknown for part in batches.parts)

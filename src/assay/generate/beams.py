@@ -151,8 +151,9 @@ def _search(
 
     def of_rows(cache: Cache, index: Int32[Array, "b"]) -> Cache:
         """The cache of other rows; the source's is the same for all beams of one."""
-        layers, lengths = jax.tree.map(lambda x: x[index], (cache.layers, cache.lengths))
-        return replace(cache, layers=layers, lengths=lengths)
+        kept = cache.layers, cache.lengths, cache.tokens
+        layers, lengths, tokens = jax.tree.map(lambda x: x[index], kept)
+        return replace(cache, layers=layers, lengths=lengths, tokens=tokens)
 
     def extend(n, logits, search):
         logits = logits.astype(jnp.float32).reshape(rows, beams, -1)

@@ -51,11 +51,15 @@ class SourceCache:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Cache:
-    """The caches of all layers (None where a layer has no attention), and of the source."""
+    """The caches of all layers (None where a layer has no attention), and of the source.
+
+    `tokens` are kept in slots as keys are, where n-grams are read of them; else None.
+    """
 
     layers: tuple[LayerCache | None, ...]
     lengths: Int32[Array, "b"]
     source: SourceCache | None = None
+    tokens: Int32[Array, "b s"] | None = None
 
     @property
     def capacity(self) -> int | None:
@@ -72,7 +76,17 @@ class Cache:
             layer and LayerCache(more(layer.keys), more(layer.values), layer.lengths)
             for layer in self.layers
         )
-        return replace(self, layers=layers)
+        tokens = self.tokens
+        if tokens is not None:
+            tokens = jnp.pad(tokens, ((0, 0), (0, capacity - tokens.shape[1])))
+        return replace(self, layers=layers, tokens=tokens)
+
+    def with_tokens(self, tokens: Int32[Array, "b t"]) -> "Cache":
+        """The tokens written behind the valid slots, where they are kept."""
+        if self.tokens is None:
+            return self
+        write = jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice(row, new, (at,)))
+        return replace(self, tokens=write(self.tokens, tokens, self.lengths))
 
     def with_lengths(self, lengths: Int32[Array, "b"]) -> "Cache":
         """The same slots, of which others are valid: prompts of different lengths, padded."""
@@ -97,4 +111,6 @@ def empty_cache(
         shape = (batch, capacity, attention.num_kv_heads, attention.width(spec.d_model))
         return LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), lengths)
 
-    return Cache(tuple(layer(block.attention) for block in spec.decoder.blocks()), lengths)
+    layers = tuple(layer(block.attention) for block in spec.decoder.blocks())
+    tokens = jnp.zeros((batch, capacity), jnp.int32) if spec.embedding.ngrams else None
+    return Cache(layers, lengths, tokens=tokens)

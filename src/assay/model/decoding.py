@@ -156,7 +156,8 @@ def weight_bytes(model: Transformer) -> int:
 
 def bytes_read(model: Transformer) -> int:
     """Bytes that a step of decoding reads: all but the tables of which it takes single rows."""
-    tables = [model.embedding.table, model.embedding.positions]
+    embedding = model.embedding
+    tables = [embedding.table, embedding.positions, *(embedding.ngrams or ())]
     if model.head is None or (model.head.projection is None and model.head.w is None):
         tables = tables[1:]  # the head reads the whole table
     return weight_bytes(model) - sum(t[...].nbytes for t in tables if t is not None)

@@ -30,6 +30,7 @@ from assay.model.layers import (
 )
 from assay.model.moe import Moe, Routing
 from assay.model.mup import parametrise
+from assay.model.ngrams import ngram_rows, preceding
 from assay.model.positions import sinusoidal
 from assay.model.sharding import constant_parameter, constrain, parameter, table_rows
 from assay.spec.model import (
@@ -69,19 +70,42 @@ class Embedding(nnx.Module):
         self.scale = math.sqrt(spec.d_model) if embedding.scale_by_sqrt_width else 1.0
         self.multiplier = 1.0  # muP's (`mup.py`)
         self.table = parameter(token_key, table_shape, ("vocab", "embed"), init)
+        self.vocab_size, self.ngrams = spec.vocab_size, self._ngrams(key, spec, embedding)
         learned = embedding.positions.kind == "learned"
         shape = (spec.context, spec.d_model)
         self.positions = parameter(position_key, shape, (None, "embed"), init) if learned else None
         norm = embedding.norm
         self.norm = Norm(spec.d_model, norm, compute) if norm else None
 
+    def _ngrams(self, key, spec, embedding) -> nnx.List | None:
+        """A table for each order."""
+        if (ngrams := embedding.ngrams) is None:
+            return None
+
+        def table(order: int) -> nnx.Param:
+            shape = (ngrams.table_rows(order, spec.vocab_size), spec.d_model)
+            own_key = jax.random.fold_in(key, order)
+            return parameter(own_key, shape, ("vocab", "embed"), spec.init.embedding)
+
+        return nnx.List(table(order) for order in ngrams.orders)
+
     def __call__(
         self,
         tokens: Int32[Array, "b t"],
         positions: Int32[Array, "*b t"],
         key: Key[Array, ""] | None,
+        *,
+        segment_ids: Int32[Array, "b t"] | None = None,
+        cache: Cache | None = None,
     ) -> Float32[Array, "b t d"]:
+        """`cache` holds these tokens already, behind its valid slots."""
         x = self.rows(tokens)
+        if self.ngrams is not None:
+            orders = self.spec.ngrams.orders
+            before = preceding(tokens, max(orders) - 1, segment_ids=segment_ids, cache=cache)
+            for order, table in zip(orders, self.ngrams, strict=True):
+                last = (tokens, *before[: order - 1])
+                x = x + table_rows(table, ngram_rows(last, table.shape[0], self.vocab_size))
         if self.spec.positions.kind == "learned":
             added = table_rows(self.positions, positions)
             x = x + (added if added.ndim == 3 else added[None])
@@ -95,7 +119,7 @@ class Embedding(nnx.Module):
         return dropout(x, self.spec.dropout, key)
 
     def rows(self, tokens: Int32[Array, "b t"]) -> Float32[Array, "b t d"]:
-        """The tokens' vectors alone: no positions."""
+        """The tokens' vectors alone: no positions, no n-grams."""
         x = table_rows(self.table, tokens)
         return x if self.scale == 1.0 else x * self.scale
 
@@ -500,12 +524,12 @@ class Transformer(Stack):
         kept = tuple(kv and tuple(y.astype(dtype) for y in kv) for kv in made)
         return SourceCache(kept, source.mask)
 
-    def _embedded(self, embedding, tokens, positions, key):
-        """The first layer's input, and a key for the layers."""
+    def _embedded(self, embedding, tokens, positions, key, **row):
+        """The first layer's input, and a key for the layers. `row` tells n-grams what is before."""
         embedding_key = stack_key = None
         if key is not None:
             embedding_key, stack_key = jax.random.split(key)
-        x = embedding(tokens, positions, embedding_key)
+        x = embedding(tokens, positions, embedding_key, **row)
         return constrain(x.astype(self.compute.dtype), "batch", None, None), stack_key
 
     def before_head(
@@ -536,7 +560,9 @@ class Transformer(Stack):
             positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)
             if cache is not None:
                 positions = cache.lengths[:, None] + positions[None]
-        x, stack_key = self._embedded(self.embedding, tokens, positions, key)
+        cache = None if cache is None else cache.with_tokens(tokens)
+        row = {"segment_ids": segment_ids, "cache": cache}
+        x, stack_key = self._embedded(self.embedding, tokens, positions, key, **row)
         held = cache.source if cache is not None else source
         shared = self.geometry(
             positions,

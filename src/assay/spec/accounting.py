@@ -197,6 +197,9 @@ def _parameter_counts(spec: TransformerSpec) -> Iterator[tuple[str, Count]]:
     for embedding in (spec.embedding, spec.source_embedding):
         if embedding is not None:
             yield "embedding", _everywhere(rows * d)
+            ngrams = embedding.ngrams
+            for order in ngrams.orders if ngrams else ():
+                yield "embedding", _everywhere(ngrams.table_rows(order, spec.vocab_size) * d)
             if embedding.positions.kind == "learned":
                 yield "positions", _everywhere(spec.context * d)
             yield "norms", _norm(embedding.norm, d)

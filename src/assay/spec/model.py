@@ -594,10 +594,35 @@ class StackSpec(Spec):
         return tuple(self.pattern[i % len(self.pattern)] for i in range(self.num_layers))
 
 
+class Ngrams(Spec):
+    """Tables of n-grams (Pagnoni et al., arXiv:2412.09871, section 3.2.1).
+
+    For each n of `orders` a table, whose row of the last n tokens is added to a token's vector.
+    It has a row for every n-gram, places before the first token included, where those are at most
+    `rows`; else so many rows, over which a hash spreads the n-grams: some share one.
+    """
+
+    orders: tuple[Annotated[int, Field(ge=2)], ...] = (2, 3)
+    rows: PositiveInt = 16384
+
+    @model_validator(mode="after")
+    def _different(self):
+        if not self.orders or len(set(self.orders)) < len(self.orders):
+            raise ValueError(
+                f"orders: found {list(self.orders)}; give one or several different lengths."
+            )
+        return self
+
+    def table_rows(self, order: int, vocab_size: int) -> int:
+        """Rows of the table of one order."""
+        return min((vocab_size + 1) ** order, self.rows)
+
+
 class EmbeddingSpec(Spec):
     """Tokens to vectors. `scale_by_sqrt_width` multiplies them by sqrt(D) (2017)."""
 
     positions: EmbeddingPositions = NoPositions()
+    ngrams: Ngrams | None = None
     scale_by_sqrt_width: bool = False
     norm: NormSpec | None = None
     dropout: Probability = 0.0

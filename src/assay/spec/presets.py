@@ -20,6 +20,7 @@ from assay.spec.model import (
     LearnedPositions,
     MlpSpec,
     MoeSpec,
+    Ngrams,
     NoisyTopK,
     NoPositions,
     NormalInit,
@@ -123,6 +124,7 @@ def shrink(model: TransformerSpec) -> TransformerSpec:
     - experts: at most 8, or twice as many as a token chooses, which is kept; at most 4 slots of a
       soft mixture; capacity, losses and shared experts are kept;
     - channels that a gate of values reads: at most d_model; modules of multi-token prediction: all;
+    - n-grams: all orders, over at most 256 rows each;
     - context: 64; windows keep their ratio to it, but are at least 4; relative positions have at
       most 8 buckets over a distance of 16, so that all of them are met;
     - muP: its multipliers, the width being the base;
@@ -206,6 +208,12 @@ def shrink(model: TransformerSpec) -> TransformerSpec:
         return stack.replace(pattern=blocks, num_layers=layers)
 
     d_model = width if narrower else model.d_model
+
+    def small_embedding(old: EmbeddingSpec | None) -> EmbeddingSpec | None:
+        if old is None or old.ngrams is None:
+            return old
+        return old.replace(ngrams=old.ngrams.replace(rows=min(old.ngrams.rows, 256)))
+
     padded = model.padded_vocab != model.vocab_size
     vocab = d_model if model.head is None else min(model.vocab_size, 61 if padded else 64)
     return model.replace(
@@ -213,6 +221,8 @@ def shrink(model: TransformerSpec) -> TransformerSpec:
         vocab_multiple=min(model.vocab_multiple, 8),
         d_model=d_model,
         context=context,
+        embedding=small_embedding(model.embedding),
+        source_embedding=small_embedding(model.source_embedding),
         decoder=small_stack(model.decoder),
         encoder=model.encoder and small_stack(model.encoder),
         mup=model.mup and model.mup.replace(base_width=d_model),
@@ -856,7 +866,8 @@ nano_char = vary(
     vocab_size=65,
     d_model=128,
     context=64,
-    embedding=no_positions,
+    embedding=EmbeddingSpec(ngrams=Ngrams(rows=8192)),
+    stack={"num_layers": 1},
     block={"attention": {"kv_heads": None}, "feed_forward": {"hidden": 512}, "dropout": 0.0},
 )
 # Its like with an encoder, for tasks of a minute.
@@ -897,10 +908,32 @@ register(
     nano_char,
     RunSpec(
         model=nano_char,
-        data=DataSpec(tokenizer=CharTokenizerSpec(), seq_len=64, batch_size=12),
-        optimizer=MuonSpec(lr=0.03, adam_lr=5e-3),
+        data=DataSpec(tokenizer=CharTokenizerSpec(), seq_len=64, batch_size=16),
+        optimizer=MuonSpec(lr=0.03, adam_lr=0.02, ns_steps=3),
         schedule=LinearSchedule(warmup=0),
-        train=TrainSpec(budget=BudgetSpec(amount=320), eval_every=320),
+        train=TrainSpec(budget=BudgetSpec(amount=180), eval_every=180),
+        compute=ComputeSpec(dtype="bfloat16"),
+    ),
+)
+
+# The long record: nanoGPT's 1.4697, on two cores.
+small_char = vary(
+    nano,
+    vocab_size=65,
+    embedding=EmbeddingSpec(ngrams=Ngrams(), dropout=0.1),
+    block={"attention": {"kv_heads": None}},
+)
+register(
+    "small-char",
+    "small",
+    "Assay's long time-to-quality record",
+    small_char,
+    RunSpec(
+        model=small_char,
+        data=DataSpec(tokenizer=CharTokenizerSpec(), seq_len=256, batch_size=16),
+        optimizer=MuonSpec(lr=0.02, adam_lr=5e-3, weight_decay=0.1),
+        schedule=LinearSchedule(warmup=20),
+        train=TrainSpec(budget=BudgetSpec(amount=1200), eval_every=300),
         compute=ComputeSpec(dtype="bfloat16"),
     ),
 )

@@ -2,21 +2,25 @@
 
 A checkpoint names every array by layer (`params/layers.0.attention.q.w`), so it does not depend
 on how the run keeps its layers (scanned or not) or on its mesh.
+
+Orbax is imported where it is first used: a run does that while its step is being compiled.
 """
 
 import json
 import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-import orbax.checkpoint as ocp
 from flax import nnx
 
 from assay.errors import AssayError
 from assay.model.transformer import Layout, name_leaves, unname
 from assay.train.step import TrainState, split_statistic
+
+if TYPE_CHECKING:
+    import orbax.checkpoint as ocp
 
 logging.getLogger("absl").setLevel(logging.WARNING)
 
@@ -33,6 +37,8 @@ class Checkpoints:
 
     def save(self, state: TrainState, position: Any, layout: Layout, extra: dict) -> None:
         """Copies the state and writes it in the background. `position` is the data's."""
+        import orbax.checkpoint as ocp
+
         step = int(state.step)
         # A copy, because the next step gives its buffers away while the writing goes on.
         named = jax.tree.map(jnp.copy, flatten_state(state, layout))
@@ -50,6 +56,8 @@ class Checkpoints:
         Raises:
             AssayError: if the checkpoint is of another architecture or optimizer.
         """
+        import orbax.checkpoint as ocp
+
         wanted = flatten_state(like, layout)
         found = {name: tuple(leaf.shape) for name, leaf in _leaves(self._manager, step).items()}
         for name, leaf in wanted.items():
@@ -91,6 +99,8 @@ def restore_parameters(folder: Path, step: int | None = None) -> tuple[dict[str,
     Raises:
         AssayError: if the folder holds none.
     """
+    import orbax.checkpoint as ocp
+
     manager = _manager(folder)
     step = manager.latest_step() if step is None else step
     if step is None:
@@ -107,7 +117,9 @@ def restore_parameters(folder: Path, step: int | None = None) -> tuple[dict[str,
     return {name.removeprefix("params/"): leaf for name, leaf in restored.state.items()}, step
 
 
-def _manager(folder: Path, **options: Any) -> ocp.CheckpointManager:
+def _manager(folder: Path, **options: Any) -> "ocp.CheckpointManager":
+    import orbax.checkpoint as ocp
+
     return ocp.CheckpointManager(
         folder.absolute(),
         options=ocp.CheckpointManagerOptions(**options),
@@ -118,13 +130,15 @@ def _manager(folder: Path, **options: Any) -> ocp.CheckpointManager:
     )
 
 
-def _leaves(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
+def _leaves(manager: "ocp.CheckpointManager", step: int) -> dict[str, Any]:
     """Shapes and dtypes in a checkpoint, without reading it."""
     return dict(manager.item_metadata(step)["state"].tree)
 
 
-def _placed(like: dict[str, Any], **options: Any) -> ocp.args.PyTreeRestore:
+def _placed(like: dict[str, Any], **options: Any) -> "ocp.args.PyTreeRestore":
     """Asks for arrays of these shapes, each straight to its place."""
+    import orbax.checkpoint as ocp
+
     shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in like.items()}
     places = {name: ocp.ArrayRestoreArgs(sharding=x.sharding) for name, x in like.items()}
     return ocp.args.PyTreeRestore(shapes, restore_args=places, **options)

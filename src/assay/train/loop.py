@@ -7,8 +7,10 @@ import platform
 import signal
 import threading
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -20,13 +22,13 @@ from jax.sharding import Mesh
 
 from assay.data import loader, tokenizers
 from assay.errors import AssayError
-from assay.evaluate.perplexity import Evaluation, evaluate
+from assay.evaluate.perplexity import Evaluation, evaluate, row_losses
 from assay.model.sharding import make_mesh, parameter_shardings, partition, use_mesh
-from assay.model.transformer import Layout, abstract, layout, name_leaves
+from assay.model.transformer import Layout, Transformer, abstract, layout, name_leaves
 from assay.spec.accounting import planned_steps, run_flops_per_token
 from assay.spec.run import RunSpec
 from assay.startup import keep_compiled_programs
-from assay.train import processes
+from assay.train import plot, processes
 from assay.train.checkpoint import Checkpoints, write_json
 from assay.train.progress import Reporter, Silent
 from assay.train.speed import peak_flops
@@ -35,6 +37,9 @@ from assay.train.tracking import Tracker
 
 IN_FLIGHT = 2
 """Steps the host may be ahead of the device: enough to hide its work, too few to pile up."""
+
+SCORED = 8192
+"""Tokens that are scored at a time, unless an update has more."""
 
 
 class DivergedError(AssayError):
@@ -129,18 +134,19 @@ def _train(
     if prepared.left_out:
         reporter.note(f"{prepared.left_out:,} pairs are too long for data.seq_len: left out.")
     processes.all_or_none(lambda: _open_folder(out, run, prepared, resume) if first else None)
-    held_out = loader.evaluation_batches(prepared, run.data.batch_size, part=run.train.score)
+    held_out = loader.evaluation_batches(prepared, scored_rows(run), part=run.train.score)
 
-    # ---- model and state, made in their places
+    # ---- model and state, as shapes; each array will be made in its place
     model = abstract(run.model, run.compute)
     form, step_function = layout(run.model, run.compute), make_step(run, model)
+    shapes = jax.eval_shape(lambda: initial_state(run))
     if mesh is None:
+        shared = None
         # Not jitted: one small program a shape compiles sooner than one large one for all.
-        shared, state = None, initial_state(run)
-        update = jax.jit(step_function, donate_argnums=0)
+        make_state, update = partial(initial_state, run), jax.jit(step_function, donate_argnums=0)
     else:
         places = state_shardings(
-            jax.eval_shape(lambda: initial_state(run)),
+            shapes,
             parameter_shardings(model, mesh),
             mesh,
             offload=run.compute.offload_optimizer,
@@ -148,7 +154,7 @@ def _train(
         rows = jax.sharding.NamedSharding(mesh, partition(("batch", None)))
         everywhere = jax.sharding.NamedSharding(mesh, partition(()))
         shared = processes.Rows(rows, run.data.batch_size)
-        state = jax.jit(lambda: initial_state(run), out_shardings=places)()
+        make_state = jax.jit(lambda: initial_state(run), out_shardings=places)
         update = jax.jit(
             step_function,
             donate_argnums=0,
@@ -160,12 +166,22 @@ def _train(
 
     def score(state: TrainState) -> Evaluation:
         """The whole held-out split, in float32, as `assay eval` does it."""
-        return evaluate(nnx.merge(exact, state.params), held_out)
+        return evaluate(nnx.merge(exact, state.params), held_out, losses and losses.result())
+
+    # ---- compile, beside all else that is to be made: most of a compiler's work is on one core
+    batches = loader.batches(prepared, run.seed, rows=shared.own if shared else None)
+    joined = shared.join if shared else lambda batch: batch
+    reporter.note(f"Compiling for {run.data.batch_size} x {run.data.seq_len} tokens an update.")
+    began, position = time.monotonic(), batches.state()
+    lowered = update.lower(shapes, joined(next(batches)), np.float32(0))
+    batches.restore(position)
+    compiler = ThreadPoolExecutor()
+    update = compiler.submit(lowered.compile)
+    state = make_state()
+    losses = None if mesh else _compiled_losses(compiler, nnx.merge(exact, state.params), held_out)
 
     # ---- where it was
     checkpoints = Checkpoints(out / "checkpoints")
-    batches = loader.batches(prepared, run.seed, rows=shared.own if shared else None)
-    joined = shared.join if shared else lambda batch: batch
     spent = {"seconds": 0.0, "tokens": 0.0, "window": []}
     if resume and checkpoints.latest() is None:
         reporter.note("There is no checkpoint yet: starting from step 0.")
@@ -175,11 +191,10 @@ def _train(
         spent = spent | saved["spent"]
     step = int(state.step)
 
-    # ---- compile, for the shapes of the next batch, which is then put back
-    reporter.note(f"Compiling for {run.data.batch_size} x {run.data.seq_len} tokens an update.")
-    began, position = time.monotonic(), batches.state()
-    update = update.lower(state, joined(next(batches)), np.float32(0)).compile()
-    batches.restore(position)
+    # ---- the program
+    if first:
+        plot.load()  # it is drawn at the end, but here there is nothing to do but wait
+    update = update.result()
     compile_seconds = time.monotonic() - began
 
     # ---- train
@@ -212,7 +227,8 @@ def _train(
                 state, metrics = update(state, batch, np.float32(share))
                 step += 1
                 log.push(step, metrics)
-                if eval_every is not None and step % eval_every == 0:
+                last = clock.seconds is None and clock.share(step) >= 1  # saved, then scored
+                if eval_every is not None and step % eval_every == 0 and not last:
                     log.flush()
                     with clock.paused():
                         val, val_step = score(state), step
@@ -234,6 +250,8 @@ def _train(
             reporter.note("Scoring the held-out text.")
             val = score(state)
             log.evaluated(step, val)
+        if why == "budget" and run.train.target_loss and val.loss <= run.train.target_loss:
+            why = "target"
     finally:
         reporter.stop()
         batches.close()
@@ -261,6 +279,23 @@ def _train(
     if finished and first:
         write_json(out / "result.json", asdict(result))
     return result
+
+
+def scored_rows(run: RunSpec) -> int:
+    """Rows that are scored at a time: some update's batches, where those are small.
+
+    Without a backward pass there is room for more.
+    """
+    batch = run.data.batch_size * run.data.seq_len
+    return run.data.batch_size * max(1, SCORED // batch)
+
+
+def _compiled_losses(
+    compiler: ThreadPoolExecutor, model: Transformer, held_out: loader.Evaluation
+) -> Future | None:
+    """The program that scores, to be had when it is needed; None where there is nothing to."""
+    batch = next(iter(held_out), None)
+    return None if batch is None else compiler.submit(row_losses.lower(model, batch).compile)
 
 
 class _SavePlan:

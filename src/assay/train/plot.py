@@ -13,6 +13,11 @@ if TYPE_CHECKING:
     from assay.train.coordinates import Coordinates
 
 
+def load() -> None:
+    """Imports what draws, where there is time to spare."""
+    import matplotlib.figure  # noqa: F401
+
+
 def plot_losses(
     out: Path, *, title: str, baselines: Mapping[str, float] | None = None
 ) -> Path | None:
