@@ -144,6 +144,8 @@ def _factors(spec: TransformerSpec, names: Mapping) -> Iterator[tuple[str, float
         yield f"{name}.table", factor
         if embedding.positions.kind == "learned" and embedding.norm is None:
             yield f"{name}.positions", mup.embedding
+        for i in range(len(embedding.ngrams.orders) if embedding.ngrams else 0):
+            yield f"{name}.ngrams.{i}", 1.0 if embedding.norm else mup.embedding
         if name == "embedding":
             in_table = factor
     wide_and_narrow = zip(spec.layers(), base.layers(), strict=True)
