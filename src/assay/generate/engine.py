@@ -27,7 +27,7 @@ from assay.errors import AssayError, did_you_mean
 from assay.generate import sampling
 from assay.generate.sampling import PerRow, Rules
 from assay.model.cache import Cache, empty_cache
-from assay.model.decoding import bytes_read, prepare, weight_bytes
+from assay.model.decoding import bytes_read, prepare, uses_native, weight_bytes
 from assay.model.transformer import Transformer
 from assay.spec.model import TransformerSpec
 
@@ -234,7 +234,8 @@ class Generator:
 
     Dropout is off. `weights` None is the model's compute dtype; "int8" keeps them in a byte each.
     `cache_dtype` None is the model's compute dtype. `weight_bytes` is what its parameters take,
-    beside the model that it was made from; `bytes_read` what a step reads of them.
+    beside the model that it was made from; `bytes_read` what a step reads of them; `native` says
+    whether its products are those of `model/native.py`.
 
     Raises:
         AssayError: if the model is not causal.
@@ -258,6 +259,7 @@ class Generator:
             known = did_you_mean(str(weights), (compute.dtype, "int8"))
             raise AssayError(f"weights: found {weights!r} in a {compute.dtype} model; {known}")
         model = prepare(model, weights)
+        self.native = uses_native(model)
         self.weight_bytes, self.bytes_read = weight_bytes(model), bytes_read(model)
         self.parameters, self.structure = jax.tree.flatten(model)
         self.prefill, self.decode = _programs(self.structure)

@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int32, Key
 from assay.model.cache import LayerCache
 from assay.model.flash import fits, flash_attend, flash_kernel
 from assay.model.layers import Linear, Norm, activate, dropout, use_cpu_kernels
+from assay.model.native import attend_one_query
 from assay.model.positions import alibi_bias, relative_bias, rope_tables, rotate
 from assay.model.sharding import constant_parameter, constrain, parameter, table_rows
 from assay.spec.model import Alibi, AttentionSpec, RelativeBias, Rope, ValueEmbedding, WeightInit
@@ -275,6 +276,7 @@ class Attention(nnx.Module):
     ):
         self.spec = spec
         self.cpu, self.flash = use_cpu_kernels(compute), flash_kernel(compute)
+        self.native = False  # True in a model made ready to decode, where C++ was compiled
         self.width = spec.width(d_model)
         self.scale = spec.scale or 1.0 / math.sqrt(self.width)
         wide, narrow = spec.heads * self.width, spec.num_kv_heads * self.width
@@ -329,6 +331,10 @@ class Attention(nnx.Module):
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
             cache = cache.append(k, v)
+            if self.native and self._takes_native(q):
+                kept = (cache.keys, cache.values, cache.lengths)
+                y = attend_one_query(q[:, 0], *kept, scale=self.scale, window=spec.window)
+                return self._out(y[:, None], x), cache
             k, v = cache.keys.astype(q.dtype), cache.values.astype(q.dtype)
         order = None if spec.positions.kind in ("alibi", "relative") else geometry.in_order
         if order is not None and self._takes_flash(q, order.causal, key):
@@ -343,6 +349,11 @@ class Attention(nnx.Module):
         else:
             y = self._attend(q, k, v, geometry.bias(spec), key)
         return self._out(y, x), cache
+
+    def _takes_native(self, q: Float[Array, "b t h c"]) -> bool:
+        """One query a row, which sees all that lies before it: a mask that lengths say."""
+        plain = self.spec.positions.kind not in ("alibi", "relative") and self.spec.softcap is None
+        return plain and q.shape[1] == 1
 
     def _takes_flash(self, q, causal, key) -> bool:
         spec = self.spec

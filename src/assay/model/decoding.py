@@ -7,7 +7,9 @@ On a CPU (docs/performance.md has the figures):
 - float32 weights lie as (K, N): XLA reads them at the speed of memory for one row;
 - bfloat16 weights lie as (N, K), and one row is padded to two: alone it takes a slow loop;
 - int8 weights lie as (N, K), with a factor for each output. The rows are quantised too, each by
-  its largest entry: XLA has a fast product of int8 with int8 and none of int8 with floats.
+  its largest entry: XLA has a fast product of int8 with int8 and none of int8 with floats;
+- where `native.py` could be compiled, all three are packed for its products instead, which read
+  them at the speed of memory, and its attention reads no slot but those that are filled.
 
 A tied head gets a copy of the embedding in its own form. Experts and routers stay as they are.
 
@@ -22,6 +24,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Float32, Int8, Int32
 
+from assay.model import native
 from assay.model.attention import Attention
 from assay.model.layers import Linear, Mlp, along_last, use_cpu_kernels
 from assay.model.transformer import Head, Transformer, abstract, merge_named, named_parameters
@@ -51,17 +54,21 @@ class Projection(nnx.Module):
         matrices: Sequence[Float32[Array, "k n"]],
         biases: Sequence[Float32[Array, "n"] | None],
         weights: Weights,
+        native_calls: bool,
     ):
         w = jnp.concatenate(matrices, axis=1) if len(matrices) > 1 else matrices[0]
         self.weights, factor = weights, None
+        self.fan_out, self.native = w.shape[1], native_calls and native.fits(w.shape[0])
         match weights:
             case "float32":
-                self.w = nnx.Param(w)
+                pass
             case "bfloat16":
-                self.w = nnx.Param(w.T.astype(jnp.bfloat16))
+                w = w.T.astype(jnp.bfloat16)
             case "int8":
                 w, factor = quantise(w.T)
-                self.w = nnx.Param(w)
+        if self.native:
+            w = native.pack(w if weights == "float32" else w.T)
+        self.w = nnx.Param(w)
         self.factor = None if factor is None else nnx.Param(factor)
         present = [b for b in biases if b is not None]
         self.b = nnx.Param(jnp.concatenate(present)) if present else None
@@ -73,6 +80,10 @@ class Projection(nnx.Module):
 
     def _product(self, x: Float[Array, "r k"]) -> Float[Array, "r n"]:
         w = self.w[...]
+        if self.native and self.weights == "int8":
+            return native.product_int8(x, w, self.factor[...])
+        if self.native:
+            return native.product(x, w, self.fan_out)
         match self.weights:
             case "float32":
                 return jnp.einsum("rk,kn->rn", x, w)
@@ -90,8 +101,12 @@ def _two_rows(x: Array) -> Array:
     return jnp.pad(x, ((0, 1), (0, 0))) if x.shape[0] == 1 else x
 
 
-def prepare(model: Transformer, weights: Weights | None = None) -> Transformer:
+def prepare(
+    model: Transformer, weights: Weights | None = None, *, native_calls: bool | None = None
+) -> Transformer:
     """The same model for decoding: layers unstacked, weights as above; the original is kept.
+
+    `native_calls` says whether C++ is used (`native.py`): by default, where it can be compiled.
 
     `weights` None is the model's compute dtype. Where the kernels are not the CPU's, only int8
     changes the form of a weight. The results are the model's own: up to the order of sums in
@@ -107,16 +122,19 @@ def prepare(model: Transformer, weights: Weights | None = None) -> Transformer:
             for name, value in named_parameters(model).items()
         }
         model = merge_named(abstract(model.spec, compute.replace(scan_layers=False)), named)
-    if weights != "int8" and not use_cpu_kernels(compute):
+    cpu = use_cpu_kernels(compute)
+    if weights != "int8" and not cpu:
         return model
+    if native_calls is None:
+        native_calls = cpu and native.build()[0]
     model = nnx.clone(model, variables=False)
     for layer in model.layers:
         if isinstance(layer.attention, Attention):
-            _prepare_attention(layer.attention, weights)
+            _prepare_attention(layer.attention, weights, native_calls)
         if isinstance(layer.feed_forward, Mlp):
-            _prepare_mlp(layer.feed_forward, weights)
+            _prepare_mlp(layer.feed_forward, weights, native_calls)
     if model.head is not None:
-        _prepare_head(model.head, model.embedding.table[...], weights)
+        _prepare_head(model.head, model.embedding.table[...], weights, native_calls)
     return model
 
 
@@ -124,29 +142,35 @@ def _in_products(name: str) -> bool:
     return name.endswith(".w") and not name.endswith(".router.w")
 
 
-def _projection(linears: Sequence[Linear], weights: Weights) -> Projection:
+def _projection(linears: Sequence[Linear], *how: Weights | bool) -> Projection:
     biases = [None if linear.b is None else linear.b[...] for linear in linears]
-    return Projection([linear.w[...] for linear in linears], biases, weights)
+    return Projection([linear.w[...] for linear in linears], biases, *how)
 
 
-def _prepare_attention(attention: Attention, weights: Weights) -> None:
-    attention.qkv = _projection([attention.q, attention.k, attention.v], weights)
+def _prepare_attention(attention: Attention, *how: Weights | bool) -> None:
+    attention.qkv = _projection([attention.q, attention.k, attention.v], *how)
     attention.q = attention.k = attention.v = None
-    attention.o = _projection([attention.o], weights)
+    attention.o = _projection([attention.o], *how)
+    attention.native = how[-1]
 
 
-def _prepare_mlp(mlp: Mlp, weights: Weights) -> None:
+def _prepare_mlp(mlp: Mlp, *how: Weights | bool) -> None:
     if mlp.gate is not None:
-        mlp.gate_up = _projection([mlp.gate, mlp.up[0]], weights)
+        mlp.gate_up = _projection([mlp.gate, mlp.up[0]], *how)
         mlp.gate, mlp.up = None, nnx.List([])
     else:
-        mlp.up = nnx.List([_projection([up], weights) for up in mlp.up])
-    mlp.down = _projection([mlp.down], weights)
+        mlp.up = nnx.List([_projection([up], *how) for up in mlp.up])
+    mlp.down = _projection([mlp.down], *how)
 
 
-def _prepare_head(head: Head, table: Float32[Array, "v d"], weights: Weights) -> None:
-    head.projection = Projection([table.T if head.w is None else head.w[...]], [None], weights)
+def _prepare_head(head: Head, table: Float32[Array, "v d"], *how: Weights | bool) -> None:
+    head.projection = Projection([table.T if head.w is None else head.w[...]], [None], *how)
     head.w = None
+
+
+def uses_native(model: Transformer) -> bool:
+    """Whether a model made ready calls `native.py` anywhere."""
+    return any(getattr(part, "native", False) for _, part in nnx.iter_modules(model))
 
 
 def weight_bytes(model: Transformer) -> int:

@@ -1,0 +1,153 @@
+"""Decoding's two hot loops in C++ (`native.cc`), compiled here where there is a compiler.
+
+XLA's CPU backend reads weights of fewer bits no faster than a third of what memory gives, and
+runs the attention of one query as a row of small programs. Where a C++ compiler and AVX-512 with
+bfloat16 and VNNI are at hand, `native.cc` is compiled once (seconds) into the cache folder and
+called through JAX's FFI; elsewhere, and with `ASSAY_NATIVE=0`, nothing is compiled, and XLA
+computes the same. docs/performance.md has the figures of both.
+
+Axes: R rows, K fan-in, N fan-out, B batch, H heads, G kv heads, S slots, C head width.
+"""
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from functools import lru_cache
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Float32, Int32
+
+from assay.data import cache
+
+SOURCE = Path(__file__).with_name("native.cc")
+CALLS = ("product_float32", "product_bfloat16", "product_int8", "attend_one_query")
+FLAGS = ("-O3", "-march=native", "-std=c++20", "-shared", "-fPIC", "-pthread", "-w")
+TILE = 48
+"""Outputs that lie side by side in packed weights."""
+
+
+@lru_cache(maxsize=1)
+def build() -> tuple[bool, str]:
+    """Whether the calls are there, and a sentence that says so, or why not."""
+    if os.environ.get("ASSAY_NATIVE") == "0":
+        return False, "XLA computes all of it: ASSAY_NATIVE is 0."
+    needed = {"avx512_bf16", "avx512_vnni", "avx512bw"}
+    features = _processor()
+    if not needed <= set(features):
+        return False, "XLA computes all of it: the processor has no AVX-512 with bfloat16."
+    compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+    if compiler is None:
+        return False, "XLA computes all of it: there is no C++ compiler (c++, g++ or clang++)."
+    name = hashlib.sha256(
+        b"\0".join(
+            (
+                SOURCE.read_bytes(),
+                jax.__version__.encode(),
+                compiler.encode(),
+                *map(str.encode, (*FLAGS, *features)),
+            )
+        )
+    ).hexdigest()
+    path = cache.folder() / "native" / f"{name[:32]}.so"
+    try:
+        if not path.is_file():
+            _compile(compiler, path)
+        library = ctypes.CDLL(str(path))
+        for call in CALLS:
+            function = jax.ffi.pycapsule(getattr(library, call))
+            jax.ffi.register_ffi_target(f"assay_{call}", function, platform="cpu")
+    except (OSError, subprocess.SubprocessError) as error:
+        return False, f"XLA computes all of it: native.cc did not compile ({error})."
+    return True, f"products and attention of a token in C++, compiled by {compiler}."
+
+
+def _compile(compiler: str, path: Path) -> None:
+    """Compiles beside the target and renames, so that none is ever seen half written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, draft = tempfile.mkstemp(dir=path.parent, suffix=".so")
+    os.close(handle)
+    command = [compiler, *FLAGS, "-I", jax.ffi.include_dir(), str(SOURCE), "-o", draft]
+    try:
+        subprocess.run(command, check=True, capture_output=True, timeout=300)
+        os.chmod(draft, 0o755)
+        os.replace(draft, path)
+    finally:
+        Path(draft).unlink(missing_ok=True)
+
+
+def _processor() -> list[str]:
+    """What the processor can do, in the kernel's words; nothing where it does not say."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return []
+    return sorted(next((x.split(":")[1].split() for x in lines if x.startswith("flags")), []))
+
+
+def fits(fan_in: int) -> bool:
+    """Whether a product over so many features can be packed: whole words of four bytes."""
+    return fan_in % 4 == 0
+
+
+def pack(w: Array) -> Array:
+    """(K, N) to (N / 48, K / e, 48, e), e entries in four bytes; N is filled up with zeros.
+
+    int8 becomes unsigned, 128 added: so the processor multiplies it.
+    """
+    entries = 4 // w.dtype.itemsize
+    k, n = w.shape
+    if w.dtype == jnp.int8:
+        w = jax.lax.bitcast_convert_type(w, jnp.uint8) ^ jnp.uint8(128)
+    w = jnp.pad(w, ((0, 0), (0, -n % TILE)))
+    return w.reshape(k // entries, entries, -1, TILE).transpose(2, 0, 3, 1)
+
+
+def unpack(packed: Array, n: int) -> Array:
+    """The (K, N) weight that `pack` was given."""
+    tiles, words, _, entries = packed.shape
+    w = packed.transpose(1, 3, 0, 2).reshape(words * entries, tiles * TILE)[:, :n]
+    if w.dtype == jnp.uint8:
+        w = jax.lax.bitcast_convert_type(w ^ jnp.uint8(128), jnp.int8)
+    return w
+
+
+def product(x: Float[Array, "r k"], packed: Array, n: int) -> Float[Array, "r n"]:
+    """x w for a packed w of x's dtype, summed in float32."""
+    result = jax.ShapeDtypeStruct((x.shape[0], n), x.dtype)
+    return _call(f"product_{x.dtype.name}", result)(x, packed)
+
+
+def product_int8(
+    x: Float[Array, "r k"], packed: Array, factor: Float32[Array, "n"]
+) -> Float32[Array, "r n"]:
+    """x w for a packed int8 w with a factor for each output; x is quantised row by row."""
+    result = jax.ShapeDtypeStruct((x.shape[0], factor.shape[0]), jnp.float32)
+    return _call("product_int8", result)(x.astype(jnp.float32), packed, factor)
+
+
+def attend_one_query(
+    q: Float[Array, "b h c"],
+    keys: Float[Array, "b s g c"],
+    values: Float[Array, "b s g c"],
+    lengths: Int32[Array, "b"],
+    *,
+    scale: float,
+    window: int | None = None,
+) -> Float[Array, "b h c"]:
+    """softmax(q k^T scale) v over the first `lengths` slots of each row, `window` of them at most.
+
+    All sums are in float32; no other slot is read.
+    """
+    call = _call("attend_one_query", jax.ShapeDtypeStruct(q.shape, q.dtype))
+    most = np.iinfo(np.int32).max if window is None else window
+    return call(q, keys, values, lengths, window=np.int64(most), scale=np.float32(scale))
+
+
+def _call(name: str, result: jax.ShapeDtypeStruct):
+    return jax.ffi.ffi_call(f"assay_{name}", result, vmap_method="sequential")

@@ -1,0 +1,125 @@
+"""What is compiled from C++ computes what XLA does; without it decoding goes the old way."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from assay.generate.engine import generate
+from assay.model import native
+from assay.model.decoding import quantise
+from assay.spec.presets import PRESETS, shrink
+
+BUILT, WHY = native.build()
+compiled = pytest.mark.skipif(not BUILT, reason=WHY)
+SHAPES = [(1, 4, 5), (2, 64, 48), (7, 60, 100), (8, 128, 96), (19, 576, 200)]
+
+
+def draw(*shape, dtype=jnp.float32, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_a_packed_weight_comes_back(dtype):
+    w = (draw(12, 50) * 40).astype(dtype)
+    np.testing.assert_array_equal(native.unpack(native.pack(w), 50), w)
+
+
+@compiled
+@pytest.mark.parametrize(("r", "k", "n"), SHAPES)
+def test_products(r, k, n):
+    x, w = draw(r, k), draw(k, n, seed=1)
+    ours = jax.jit(native.product, static_argnums=2)
+    np.testing.assert_allclose(ours(x, native.pack(w), n), x @ w, atol=1e-5 * k**0.5)
+    x, w = x.astype(jnp.bfloat16), w.astype(jnp.bfloat16)
+    exact = x.astype(jnp.float32) @ w.astype(jnp.float32)
+    got = ours(x, native.pack(w), n)
+    assert got.dtype == jnp.bfloat16
+    np.testing.assert_allclose(got.astype(jnp.float32), exact, atol=1e-4, rtol=2**-8)
+
+
+@compiled
+@pytest.mark.parametrize(("r", "k", "n"), SHAPES)
+def test_int8_products_are_exact(r, k, n):
+    """Whole numbers: the same, bit for bit."""
+    x = draw(r, k).at[0].set(0.0)
+    w, columns = quantise(draw(n, k, seed=1))
+    q, rows = quantise(x)
+    whole = np.asarray(q, np.int32) @ np.asarray(w, np.int32).T
+    wanted = whole.astype(np.float32) * rows[:, None] * columns[None, :]
+    np.testing.assert_array_equal(native.product_int8(x, native.pack(w.T), columns), wanted)
+
+
+@compiled
+@pytest.mark.parametrize("kept", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("heads", "kv_heads", "width"), [(4, 4, 16), (6, 2, 64), (3, 1, 72)])
+@pytest.mark.parametrize("window", [None, 5])
+def test_attention_of_one_query(heads, kv_heads, width, window, kept):
+    q = draw(3, heads, width)
+    keys, values = (draw(3, 40, kv_heads, width, dtype=kept, seed=s) for s in (1, 2))
+    lengths = jnp.array([1, 17, 40], jnp.int32)
+    ours = jax.jit(lambda *args: native.attend_one_query(*args, scale=0.3, window=window))
+    got = ours(q, keys, values, lengths)
+    for b, length in enumerate(lengths.tolist()):
+        seen = slice(max(0, length - (window or length)), length)
+        for h in range(heads):
+            k, v = (np.float64(x[b, seen, h // (heads // kv_heads)]) for x in (keys, values))
+            weights = np.exp(k @ np.float64(q[b, h]) * 0.3)
+            np.testing.assert_allclose(got[b, h], weights / weights.sum() @ v, atol=2e-6)
+
+
+@compiled
+def test_no_slot_behind_the_text_is_read():
+    q, keys, values = draw(1, 2, 16), draw(1, 8, 2, 16), draw(1, 8, 2, 16)
+    keys, values = (x.at[:, 3:].set(jnp.nan) for x in (keys, values))
+    got = native.attend_one_query(q, keys, values, jnp.array([3], jnp.int32), scale=1.0)
+    assert np.isfinite(got).all()
+
+
+@compiled
+def test_many_calls_from_several_threads():
+    """Calls that meet are done each by its own thread; none loses a task."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    w, ours = draw(64, 4800, seed=1), jax.jit(native.product, static_argnums=2)
+    packed = native.pack(w)
+    xs = [draw(2, 64, seed=s) for s in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(50):
+            for x, y in zip(xs, pool.map(lambda x: ours(x, packed, 4800), xs), strict=True):
+                np.testing.assert_allclose(y, x @ w, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_text_is_the_same_without(dtype, monkeypatch):
+    from assay.generate.engine import Generator
+    from assay.model.transformer import Transformer
+    from assay.spec.run import ComputeSpec
+
+    spec = shrink(PRESETS["smollm-135m"].model)
+    model = Transformer(spec, ComputeSpec(dtype=dtype, kernels="cpu"), rngs=jax.random.key(0))
+    ready = Generator(model)
+    monkeypatch.setattr(native, "build", lambda: (False, "for the test"))
+    plain = Generator(model)
+    assert not plain.native
+    assert ready.native == BUILT
+    settings = {"max_new_tokens": 20, "temperature": 0.0}
+    ours, theirs = (generate(g, [[1, 2, 3], [4]], **settings) for g in (ready, plain))
+    if dtype == "float32":
+        assert ours.ids == theirs.ids
+    first = [[row[0] for row in r.logprobs] for r in (ours, theirs)]
+    np.testing.assert_allclose(*first, atol=1e-4 if dtype == "float32" else 0.05)
+
+
+def test_what_is_missing_is_said(monkeypatch):
+    native.build.cache_clear()
+    try:
+        with monkeypatch.context() as patched:
+            patched.setenv("ASSAY_NATIVE", "0")
+            assert native.build() == (False, "XLA computes all of it: ASSAY_NATIVE is 0.")
+        native.build.cache_clear()
+        with monkeypatch.context() as patched:
+            patched.setattr(native, "_processor", list)
+            assert "no AVX-512" in native.build()[1]
+    finally:
+        native.build.cache_clear()
