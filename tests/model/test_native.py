@@ -1,14 +1,18 @@
 """What is compiled from C++ computes what XLA does; without it decoding goes the old way."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from assay.generate.engine import generate
+from assay.generate.engine import Generator, generate
 from assay.model import native
 from assay.model.decoding import quantise
+from assay.model.transformer import Transformer
 from assay.spec.presets import PRESETS, shrink
+from assay.spec.run import ComputeSpec
 
 BUILT, WHY = native.build()
 compiled = pytest.mark.skipif(not BUILT, reason=WHY)
@@ -79,8 +83,6 @@ def test_no_slot_behind_the_text_is_read():
 @compiled
 def test_many_calls_from_several_threads():
     """Calls that meet are done each by its own thread; none loses a task."""
-    from concurrent.futures import ThreadPoolExecutor
-
     w, ours = draw(64, 4800, seed=1), jax.jit(native.product, static_argnums=2)
     packed = native.pack(w)
     xs = [draw(2, 64, seed=s) for s in range(4)]
@@ -92,10 +94,6 @@ def test_many_calls_from_several_threads():
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_text_is_the_same_without(dtype, monkeypatch):
-    from assay.generate.engine import Generator
-    from assay.model.transformer import Transformer
-    from assay.spec.run import ComputeSpec
-
     spec = shrink(PRESETS["smollm-135m"].model)
     model = Transformer(spec, ComputeSpec(dtype=dtype, kernels="cpu"), rngs=jax.random.key(0))
     ready = Generator(model)
@@ -112,14 +110,16 @@ def test_the_text_is_the_same_without(dtype, monkeypatch):
 
 
 def test_what_is_missing_is_said(monkeypatch):
-    native.build.cache_clear()
-    try:
-        with monkeypatch.context() as patched:
-            patched.setenv("ASSAY_NATIVE", "0")
-            assert native.build() == (False, "XLA computes all of it: ASSAY_NATIVE is 0.")
-        native.build.cache_clear()
-        with monkeypatch.context() as patched:
-            patched.setattr(native, "_processor", list)
-            assert "no AVX-512" in native.build()[1]
-    finally:
-        native.build.cache_clear()
+    build = native.build.__wrapped__  # what it found for this process is left alone
+    with monkeypatch.context() as patched:
+        patched.setenv("ASSAY_NATIVE", "0")
+        assert build() == (False, "XLA computes all of it: ASSAY_NATIVE is 0.")
+    with monkeypatch.context() as patched:
+        patched.setattr(native, "_processor", list)
+        assert "no AVX-512" in build()[1]
+    with monkeypatch.context() as patched:
+        patched.setattr(native, "_processor", lambda: ["avx512_bf16", "avx512_vnni", "avx512bw"])
+        patched.setattr(native.shutil, "which", lambda name: None)
+        assert "no C++ compiler" in build()[1]
+        patched.setattr(native.shutil, "which", lambda name: "/bin/false")
+        assert "did not compile" in build()[1]

@@ -18,6 +18,7 @@ from assay.cli.application import (
     next_folder,
     out,
 )
+from assay.cli.costs import bench_growth, bench_loop, bench_memory
 from assay.errors import AssayError
 
 if TYPE_CHECKING:
@@ -43,8 +44,10 @@ def demo(
 
 @app.command()
 def bench(
-    what: Annotated[str, typer.Argument(help="train, moe or decode.")],
-    model: Annotated[str, typer.Argument(help="A preset.")],
+    what: Annotated[str, typer.Argument(help="train, moe, decode, memory, loop or growth.")],
+    model: Annotated[
+        str | None, typer.Argument(help="A preset; growth has models of its own.")
+    ] = None,
     against: Annotated[str | None, typer.Option(help="torch: time PyTorch in turn.")] = None,
     dtype: Annotated[
         str | None, typer.Option(help="float32 or bfloat16; decode: int8 too.")
@@ -54,13 +57,16 @@ def bench(
     prompt_tokens: Annotated[int, typer.Option(help="decode: tokens read.", min=1)] = 512,
     new_tokens: Annotated[int, typer.Option(help="decode: tokens written.", min=2)] = 64,
     rounds: Annotated[int, typer.Option(help="Turns each.", min=1)] = 5,
+    plot: Annotated[Path | None, typer.Option(help="growth: a .png or .svg.")] = None,
     settings: Settings = None,
     as_json: Json = False,
 ) -> None:
     """Speed of training or decoding, against PyTorch's in the same run, turn by turn.
 
     `moe` compares a model of experts with the dense one of equal active size, and with every
-    expert on every token.
+    expert on every token. `memory` is the peak of a training step; `loop` what data, Python and
+    metrics cost beside the steps; `growth` a step's time against tokens, width, depth, context
+    and experts.
 
     Example: assay bench train tiny-gpt --against torch
 
@@ -70,13 +76,20 @@ def bench(
     from assay.spec import presets
 
     benches = {"train": _bench_train, "moe": _bench_moe}
+    costs = {"memory": bench_memory, "loop": bench_loop}
+    if what == "growth":
+        bench_growth(dtype or "float32", plot, rounds, as_json)
+        return
+    if model is None:
+        raise AssayError(f"bench {what}: name a preset, as in: assay bench {what} nano")
     if what == "decode":
         run = presets.get(model).run.changed(changes_of(settings))
         sizes = (batch_size or 1, prompt_tokens, new_tokens)
         _bench_decode(model, run, dtype or "float32", sizes, against, rounds, as_json)
         return
-    if what not in benches:
-        raise AssayError(f"bench {what}: {did_you_mean(what, [*benches, 'decode'])}")
+    if what not in benches and what not in costs:
+        known = [*benches, *costs, "decode", "growth"]
+        raise AssayError(f"bench {what}: {did_you_mean(what, known)}")
     flags = {
         "compute.dtype": dtype,
         "data.batch_size": batch_size,
@@ -84,6 +97,10 @@ def bench(
     }
     changes = {path: value for path, value in flags.items() if value is not None}
     run = presets.get(model).run.changed(changes | changes_of(settings))
+    if what in costs:
+        of = (against, as_json) if what == "memory" else (as_json,)
+        costs[what](model, run, *of)
+        return
     benches[what](model, run, against, rounds, as_json)
 
 
