@@ -54,8 +54,12 @@ demo: $(VENV)/.core  ## train, sample and compare small models: minutes on a CPU
 compare: $(VENV)/.core  ## dense, grouped-query or experts: trains 9 models, writes runs/quick/report.html
 	$(BIN)/assay compare examples/compare/quick.toml --out runs/quick
 
-bench: $(VENV)/.dev  ## training speed against PyTorch, here
+bench: $(VENV)/.dev  ## speed and memory here against PyTorch, and a plot of how a step grows: minutes
 	$(BIN)/assay bench train tiny-gpt --against torch
+	$(BIN)/assay bench decode smollm-135m --against torch --rounds 3
+	$(BIN)/assay bench memory gpt2 --batch-size 4 --seq-len 256 --against torch
+	$(BIN)/assay bench loop baby-gpt
+	$(BIN)/assay bench growth --plot runs/growth-$$(date +%Y%m%d-%H%M%S).png
 
 lock: $(UV)  ## resolve every dependency anew, to the newest stable versions
 	$(UV) pip compile pyproject.toml --universal --python-version 3.12 --upgrade \

@@ -9,6 +9,7 @@ import pytest
 
 from assay.generate.engine import Generator, generate
 from assay.model import native
+from assay.model.cache import LayerCache
 from assay.model.decoding import quantise
 from assay.model.transformer import Transformer
 from assay.spec.presets import PRESETS, shrink
@@ -59,25 +60,26 @@ def test_int8_products_are_exact(r, k, n):
 @pytest.mark.parametrize(("heads", "kv_heads", "width"), [(4, 4, 16), (6, 2, 64), (3, 1, 72)])
 @pytest.mark.parametrize("window", [None, 5])
 def test_attention_of_one_query(heads, kv_heads, width, window, kept):
-    q = draw(3, heads, width)
-    keys, values = (draw(3, 40, kv_heads, width, dtype=kept, seed=s) for s in (1, 2))
-    lengths = jnp.array([1, 17, 40], jnp.int32)
+    """Slots behind the text hold no number, and are not read."""
+    q, k, v = draw(3, heads, width), draw(3, kv_heads, width, seed=3), draw(3, kv_heads, width)
+    lengths = jnp.array([0, 16, 39], jnp.int32)
+    empty = jnp.arange(40)[None, :, None, None] >= lengths[:, None, None, None]
+    keys, values = (
+        jnp.where(empty, jnp.nan, draw(3, 40, kv_heads, width, seed=s)).astype(kept) for s in (1, 2)
+    )
+    cache = LayerCache(keys, values, lengths)
     ours = jax.jit(lambda *args: native.attend_one_query(*args, scale=0.3, window=window))
-    got = ours(q, keys, values, lengths)
-    for b, length in enumerate(lengths.tolist()):
+    got, cache = ours(q, k, v, cache)
+    for now, before, new in ((cache.keys, keys, k), (cache.values, values, v)):
+        wanted = before.at[jnp.arange(3), lengths].set(new.astype(kept))
+        np.testing.assert_array_equal(np.float32(now), np.float32(wanted))
+    for b, length in enumerate(cache.lengths.tolist()):
         seen = slice(max(0, length - (window or length)), length)
         for h in range(heads):
-            k, v = (np.float64(x[b, seen, h // (heads // kv_heads)]) for x in (keys, values))
+            of_head = h // (heads // kv_heads)
+            k, v = (np.float64(x[b, seen, of_head]) for x in (cache.keys, cache.values))
             weights = np.exp(k @ np.float64(q[b, h]) * 0.3)
             np.testing.assert_allclose(got[b, h], weights / weights.sum() @ v, atol=2e-6)
-
-
-@compiled
-def test_no_slot_behind_the_text_is_read():
-    q, keys, values = draw(1, 2, 16), draw(1, 8, 2, 16), draw(1, 8, 2, 16)
-    keys, values = (x.at[:, 3:].set(jnp.nan) for x in (keys, values))
-    got = native.attend_one_query(q, keys, values, jnp.array([3], jnp.int32), scale=1.0)
-    assert np.isfinite(got).all()
 
 
 @compiled

@@ -21,6 +21,8 @@ from assay.bench.timing import Spread
 from assay.errors import AssayError, did_you_mean, need_extra
 from assay.generate.engine import Generator
 from assay.interop.huggingface import save_folder
+from assay.model import native
+from assay.model.layers import use_cpu_kernels
 from assay.model.transformer import Transformer, named_parameters
 from assay.spec.model import TransformerSpec
 from assay.spec.run import ComputeSpec
@@ -44,7 +46,8 @@ class Decoding:
     `limit` is tokens a second where nothing took time but reading the weights at
     `read_bandwidth` bytes a second (None for experts, of which a step reads some only).
     `same_tokens` is the share of ids that are equal on both sides; `their_cache` the kind of
-    cache that was faster for them.
+    cache that was faster for them; `native` says whether ours is C++ (`model/native.py`), or why
+    not.
     """
 
     ours: Side
@@ -57,6 +60,7 @@ class Decoding:
     limit: float | None
     same_tokens: float | None
     their_cache: str | None
+    native: str
     compile_seconds: float
     threads: int
     versions: dict[str, str]
@@ -91,7 +95,8 @@ def bench_decode(
     if new_tokens < 2:
         raise AssayError(f"--new-tokens: found {new_tokens}, but two are needed to time one.")
     weights, compute = ("int8", "float32") if dtype == "int8" else (dtype, dtype)
-    made = jax.jit(lambda key: Transformer(spec, ComputeSpec(dtype=compute), rngs=key))
+    made_for = ComputeSpec(dtype=compute)
+    made = jax.jit(lambda key: Transformer(spec, made_for, rngs=key))
     model = made(jax.random.key(0))
     rng = np.random.default_rng(0)
     prompts = rng.integers(spec.vocab_size, size=(batch_size, prompt_tokens), dtype=np.int32)
@@ -139,6 +144,7 @@ def bench_decode(
         limit=None if experts else batch_size * bandwidth / generator.bytes_read,
         same_tokens=same_share(our_turns[0][2], their_turns[0][2]) if pairs else None,
         their_cache=cache,
+        native=native.build()[1] if use_cpu_kernels(made_for) else "XLA computes all of it.",
         compile_seconds=compile_seconds,
         threads=os.cpu_count() or 1,
         versions=versions,

@@ -217,6 +217,7 @@ def _bench_decode(
         "share_of_limit": limit and ours.decode.median / limit,
         "same_tokens": result.same_tokens,
         "their_cache": result.their_cache,
+        "native": result.native,
         "compile_seconds": result.compile_seconds,
         "threads": result.threads,
         "versions": result.versions,
@@ -250,6 +251,7 @@ def _bench_decode(
                 f"transformers with its {result.their_cache} cache{precision}; "
                 f"{result.same_tokens:.0%} of the ids are the same"
             )
+        out().print(result.native)
         versions = ", ".join(f"{k} {v}" for k, v in result.versions.items())
         out().print(f"{versions}, {result.threads} threads")
     emit(data, as_json)

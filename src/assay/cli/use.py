@@ -54,6 +54,9 @@ def generate(
     dtype: WeightsDtype = "float32",
     as_json: Json = False,
     quiet: Quiet = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", help="Says what computes: C++ compiled here, or XLA.")
+    ] = False,
 ) -> None:
     """Text from a model, streamed as it comes. With --beams it comes when it is found.
 
@@ -62,6 +65,8 @@ def generate(
     from assay.generate.engine import Generator
     from assay.generate.text import complete_by_beams, stream_text
     from assay.loading import load
+    from assay.model import native
+    from assay.model.layers import use_cpu_kernels
 
     loaded = load(model, "float32" if dtype == "int8" else dtype)
     if loaded.tokenizer is None:
@@ -82,6 +87,9 @@ def generate(
     reads = loaded.model.spec.encoder is not None
     begins = {"start_token": loaded.start_token} if reads else {}
     generator = Generator(loaded.model, weights=dtype)
+    if verbose:
+        reason = native.build()[1] if use_cpu_kernels(loaded.model.compute) else "XLA's kernels."
+        print(f"note: {reason}", file=sys.stderr)
     if beams is not None:
         (found,) = complete_by_beams(
             generator,

@@ -106,7 +106,10 @@ def geometry(
         rope = attention.positions
         if rope.kind == "rope":
             width = attention.width(d_model)
-            rotations[rope, width] = rope_tables(positions, width, rope)
+            tables = rope_tables(positions, width, rope)
+            if slots is not None:  # else XLA computes them again in every layer
+                tables = jax.lax.optimization_barrier(tables)
+            rotations[rope, width] = tables
         elif rope.kind == "relative":
             by_head[rope, attention.heads] = relative_bias(behind, relative, rope, causal=causal)
         elif rope.kind == "alibi":
@@ -328,13 +331,13 @@ class Attention(nnx.Module):
             v = self.value_embedding(v, x, geometry.tokens)
         if spec.positions.kind == "rope":
             cos, sin = geometry.rotations[spec.positions, self.width]
-            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+            q, k = self._rotated(q, k, cos, sin)
         if cache is not None:
-            cache = cache.append(k, v)
             if self.native and self._takes_native(q):
-                kept = (cache.keys, cache.values, cache.lengths)
-                y = attend_one_query(q[:, 0], *kept, scale=self.scale, window=spec.window)
+                token = (q[:, 0], k[:, 0], v[:, 0])
+                y, cache = attend_one_query(*token, cache, scale=self.scale, window=spec.window)
                 return self._out(y[:, None], x), cache
+            cache = cache.append(k, v)
             k, v = cache.keys.astype(q.dtype), cache.values.astype(q.dtype)
         order = None if spec.positions.kind in ("alibi", "relative") else geometry.in_order
         if order is not None and self._takes_flash(q, order.causal, key):
@@ -349,6 +352,13 @@ class Attention(nnx.Module):
         else:
             y = self._attend(q, k, v, geometry.bias(spec), key)
         return self._out(y, x), cache
+
+    def _rotated(self, q, k, cos, sin) -> tuple[Array, Array]:
+        if not self.native:
+            return rotate(q, cos, sin), rotate(k, cos, sin)
+        # In one: a step of decoding is made of calls that take longer to begin than to end.
+        both = rotate(jnp.concatenate([q, k], axis=2), cos, sin)
+        return both[:, :, : q.shape[2]], both[:, :, q.shape[2] :]
 
     def _takes_native(self, q: Float[Array, "b t h c"]) -> bool:
         """One query a row, which sees all that lies before it: a mask that lengths say."""

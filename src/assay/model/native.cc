@@ -14,6 +14,7 @@
 #include <cstring>
 #include <mutex>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "xla/ffi/api/ffi.h"
@@ -262,6 +263,13 @@ ffi::Error ProductInt8(ffi::BufferR2<ffi::F32> x, ffi::BufferR4<ffi::U8> w,
 
 // ---------------------------------------------------------------------------- attention
 
+__m512 Load(const float* from) { return _mm512_loadu_ps(from); }
+
+__m512 Load(const uint16_t* from) {
+  __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+
 __m512 Load(const float* from, __mmask16 mask) { return _mm512_maskz_loadu_ps(mask, from); }
 
 __m512 Load(const uint16_t* from, __mmask16 mask) {
@@ -289,80 +297,151 @@ __m512 Exp(__m512 x) {
   return _mm512_scalef_ps(y, n);
 }
 
-// Query h of row b sees the slots of kv head h / (H / G) from max(0, length - window) on.
+constexpr int64_t kSlots = 32;  // of a task: its keys, then its values, from end to end
+
+// Query h of row b sees the slots of kv head h / (H / G), `window` of them at most, its own last.
+//
+// Each task makes a part of the sum over its slots for all heads, by the largest score among
+// them, as in flash attention (arXiv:2205.14135); the parts are added in the order of the slots.
 template <class X, class Kept>
 void Attend(const X* q, const Kept* keys, const Kept* values, const int32_t* lengths, X* y,
             int64_t batch, int64_t heads, int64_t slots, int64_t kv_heads, int64_t width,
             int64_t window, float scale) {
-  Pool::Get().Run(batch * heads, [&](int64_t task) {
-    int64_t b = task / heads, h = task % heads, stride = kv_heads * width;
-    int64_t end = std::min<int64_t>(lengths[b], slots);
-    int64_t first = std::max<int64_t>(0, end - window), count = end - first;
-    int64_t at = (b * slots + first) * stride + h / (heads / kv_heads) * width;
+  int64_t lanes = (width + 15) / 16 * 16, stride = kv_heads * width, longest = 0;
+  for (int64_t b = 0; b < batch; ++b) longest = std::max<int64_t>(longest, lengths[b] + 1);
+  int64_t parts = (std::min({longest, slots, window}) + kSlots - 1) / kSlots;
+  int64_t each = heads * (lanes + 2);  // of a part: for each head its sum, largest and total
+  std::vector<float> made(batch * parts * each);
+  auto seen = [&](int64_t b) {
+    int64_t end = std::min<int64_t>(lengths[b] + 1, slots);
+    return std::pair(std::max<int64_t>(0, end - window), end);
+  };
+  Pool::Get().Run(batch * parts, [&](int64_t task) {
+    int64_t b = task / parts, part = task % parts;
+    auto [first, end] = seen(b);
+    first += part * kSlots;
+    int64_t count = std::min(kSlots, end - first);
+    if (count <= 0) return;
+    const Kept* key = keys + (b * slots + first) * stride;
+    const Kept* value = values + (b * slots + first) * stride;
     static thread_local std::vector<float> scores;
-    scores.resize(count + 16);
-
-    __m512 largest = _mm512_set1_ps(-INFINITY);
+    scores.resize(heads * kSlots);
     for (int64_t s = 0; s < count; ++s) {
-      __m512 sum = _mm512_setzero_ps();
-      for (int64_t c = 0; c < width; c += 16) {
-        __mmask16 mask = Mask(width - c);
-        sum = _mm512_fmadd_ps(Load(q + task * width + c, mask),
-                              Load(keys + at + s * stride + c, mask), sum);
+      for (int64_t i = 0; i < stride; i += 64 / sizeof(Kept)) {
+        _mm_prefetch(reinterpret_cast<const char*>(value + s * stride + i), _MM_HINT_T0);
       }
-      scores[s] = _mm512_reduce_add_ps(sum) * scale;
-    }
-    for (int64_t s = 0; s < count; s += 16) {
-      __mmask16 mask = Mask(count - s);
-      largest = _mm512_mask_max_ps(largest, mask, largest, Load(&scores[s], mask));
-    }
-    __m512 shift = _mm512_set1_ps(_mm512_reduce_max_ps(largest)), total = _mm512_setzero_ps();
-    for (int64_t s = 0; s < count; s += 16) {
-      __mmask16 mask = Mask(count - s);
-      __m512 e = _mm512_maskz_mov_ps(mask, Exp(_mm512_sub_ps(Load(&scores[s], mask), shift)));
-      _mm512_storeu_ps(&scores[s], e);
-      total = _mm512_add_ps(total, e);
-    }
-    __m512 share = _mm512_set1_ps(1.0f / _mm512_reduce_add_ps(total));
-    for (int64_t c = 0; c < width; c += 64) {  // four registers of the output at a time
-      __mmask16 mask[4];
-      __m512 sum[4];
-      for (int i = 0; i < 4; ++i) {
-        mask[i] = Mask(width - c - 16 * i);
-        sum[i] = _mm512_setzero_ps();
-      }
-      for (int64_t s = 0; s < count; ++s) {
-        __m512 weight = _mm512_set1_ps(scores[s]);
-        const Kept* value = values + at + s * stride + c;
-        for (int i = 0; i < 4; ++i) {
-          sum[i] = _mm512_fmadd_ps(weight, Load(value + 16 * i, mask[i]), sum[i]);
+      for (int64_t h = 0; h < heads; ++h) {
+        const X* query = q + (b * heads + h) * width;
+        const Kept* of_head = key + s * stride + h / (heads / kv_heads) * width;
+        __m512 sum = _mm512_setzero_ps();
+        int64_t c = 0;
+        for (; c + 16 <= width; c += 16) {
+          sum = _mm512_fmadd_ps(Load(query + c), Load(of_head + c), sum);
         }
+        if (c < width) {
+          __mmask16 mask = Mask(width - c);
+          sum = _mm512_fmadd_ps(Load(query + c, mask), Load(of_head + c, mask), sum);
+        }
+        scores[h * kSlots + s] = _mm512_reduce_add_ps(sum) * scale;
       }
-      for (int i = 0; i < 4; ++i) {
-        Store(y + task * width + c + 16 * i, mask[i], _mm512_mul_ps(sum[i], share));
+    }
+    float* sums = made.data() + task * each;
+    for (int64_t h = 0; h < heads; ++h) {
+      float *score = &scores[h * kSlots], *sum = sums + h * lanes;
+      __m512 most = _mm512_set1_ps(-INFINITY), total = _mm512_setzero_ps();
+      for (int64_t s = 0; s < count; s += 16) {
+        __mmask16 mask = Mask(count - s);
+        most = _mm512_mask_max_ps(most, mask, most, Load(score + s));
+      }
+      float largest = _mm512_reduce_max_ps(most);
+      for (int64_t s = 0; s < count; s += 16) {
+        __m512 e = Exp(_mm512_sub_ps(Load(score + s), _mm512_set1_ps(largest)));
+        e = _mm512_maskz_mov_ps(Mask(count - s), e);
+        _mm512_storeu_ps(score + s, e);
+        total = _mm512_add_ps(total, e);
+      }
+      sums[heads * lanes + h] = largest;
+      sums[heads * (lanes + 1) + h] = _mm512_reduce_add_ps(total);
+      const Kept* of_head = value + h / (heads / kv_heads) * width;
+      int64_t c = 0;
+      for (; c + 64 <= width; c += 64) {
+        __m512 of[4] = {};
+        for (int64_t s = 0; s < count; ++s) {
+          __m512 weight = _mm512_set1_ps(score[s]);
+          for (int i = 0; i < 4; ++i) {
+            of[i] = _mm512_fmadd_ps(weight, Load(of_head + s * stride + c + 16 * i), of[i]);
+          }
+        }
+        for (int i = 0; i < 4; ++i) _mm512_storeu_ps(sum + c + 16 * i, of[i]);
+      }
+      for (; c < width; c += 16) {
+        __mmask16 mask = Mask(width - c);
+        __m512 of = _mm512_setzero_ps();
+        for (int64_t s = 0; s < count; ++s) {
+          of = _mm512_fmadd_ps(_mm512_set1_ps(score[s]), Load(of_head + s * stride + c, mask), of);
+        }
+        _mm512_storeu_ps(sum + c, of);
       }
     }
   });
+  for (int64_t row = 0; row < batch * heads; ++row) {
+    int64_t b = row / heads, h = row % heads;
+    auto [first, end] = seen(b);
+    int64_t count = (end - first + kSlots - 1) / kSlots;
+    const float* sums = made.data() + b * parts * each;
+    const float *largest = sums + heads * lanes + h, *totals = sums + heads * (lanes + 1) + h;
+    float most = -INFINITY, total = 0;
+    for (int64_t p = 0; p < count; ++p) most = std::max(most, largest[p * each]);
+    for (int64_t p = 0; p < count; ++p) {
+      total += std::exp(largest[p * each] - most) * totals[p * each];
+    }
+    for (int64_t c = 0; c < width; c += 16) {
+      __m512 sum = _mm512_setzero_ps();
+      for (int64_t p = 0; p < count; ++p) {
+        __m512 weight = _mm512_set1_ps(std::exp(largest[p * each] - most) / total);
+        sum = _mm512_fmadd_ps(weight, Load(sums + p * each + h * lanes + c), sum);
+      }
+      Store(y + row * width + c, Mask(width - c), sum);
+    }
+  }
 }
 
 template <class X, class Kept>
-ffi::Error Attended(const ffi::AnyBuffer& q, const ffi::AnyBuffer& keys,
-                    const ffi::AnyBuffer& values, const int32_t* lengths, ffi::AnyBuffer& y,
-                    int64_t window, float scale) {
-  auto of = q.dimensions(), kept = keys.dimensions();
-  Attend(static_cast<const X*>(q.untyped_data()), static_cast<const Kept*>(keys.untyped_data()),
-         static_cast<const Kept*>(values.untyped_data()), lengths,
-         static_cast<X*>(y.untyped_data()), of[0], of[1], kept[1], kept[2], of[2], window, scale);
-  return ffi::Error::Success();
+void Append(const X* x, Kept* kept, const int32_t* lengths, int64_t batch, int64_t slots,
+            int64_t features) {
+  for (int64_t b = 0; b < batch; ++b) {
+    Kept* to = kept + (b * slots + std::min<int64_t>(lengths[b], slots - 1)) * features;
+    for (int64_t i = 0; i < features; i += 16) {
+      Store(to + i, Mask(features - i), Load(x + b * features + i, Mask(features - i)));
+    }
+  }
 }
 
-ffi::Error AttendOneQuery(ffi::AnyBuffer q, ffi::AnyBuffer keys, ffi::AnyBuffer values,
-                          ffi::BufferR1<ffi::S32> lengths, ffi::Result<ffi::AnyBuffer> y,
-                          int64_t window, float scale) {
-  bool narrow = q.element_type() == ffi::BF16, kept = keys.element_type() == ffi::BF16;
-  auto call = narrow ? kept ? Attended<uint16_t, uint16_t> : Attended<uint16_t, float>
-                     : kept ? Attended<float, uint16_t> : Attended<float, float>;
-  return call(q, keys, values, lengths.typed_data(), *y, window, scale);
+template <class X, class Kept>
+void AppendAndAttend(const ffi::AnyBuffer& q, const ffi::AnyBuffer& k, const ffi::AnyBuffer& v,
+                     const int32_t* lengths, ffi::AnyBuffer& y, ffi::AnyBuffer& keys,
+                     ffi::AnyBuffer& values, int64_t window, float scale) {
+  auto of = q.dimensions(), kept = keys.dimensions();
+  int64_t batch = of[0], heads = of[1], width = of[2], slots = kept[1], kv_heads = kept[2];
+  auto* to_keys = static_cast<Kept*>(keys.untyped_data());
+  auto* to_values = static_cast<Kept*>(values.untyped_data());
+  int64_t features = kv_heads * width;
+  Append(static_cast<const X*>(k.untyped_data()), to_keys, lengths, batch, slots, features);
+  Append(static_cast<const X*>(v.untyped_data()), to_values, lengths, batch, slots, features);
+  Attend(static_cast<const X*>(q.untyped_data()), to_keys, to_values, lengths,
+         static_cast<X*>(y.untyped_data()), batch, heads, slots, kv_heads, width, window, scale);
+}
+
+// The caches that come out are those that go in: the same memory.
+ffi::Error AttendOneQuery(ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v, ffi::AnyBuffer,
+                          ffi::AnyBuffer, ffi::BufferR1<ffi::S32> lengths,
+                          ffi::Result<ffi::AnyBuffer> y, ffi::Result<ffi::AnyBuffer> keys,
+                          ffi::Result<ffi::AnyBuffer> values, int64_t window, float scale) {
+  bool narrow = q.element_type() == ffi::BF16, kept = keys->element_type() == ffi::BF16;
+  auto call = narrow ? kept ? AppendAndAttend<uint16_t, uint16_t> : AppendAndAttend<uint16_t, float>
+                     : kept ? AppendAndAttend<float, uint16_t> : AppendAndAttend<float, float>;
+  call(q, k, v, lengths.typed_data(), *y, *keys, *values, window, scale);
+  return ffi::Error::Success();
 }
 
 }  // namespace
@@ -391,7 +470,11 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(attend_one_query, AttendOneQuery,
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::BufferR1<ffi::S32>>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
                                   .Ret<ffi::AnyBuffer>()
                                   .Attr<int64_t>("window")
                                   .Attr<float>("scale"));

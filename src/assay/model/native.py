@@ -21,9 +21,10 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32, Int32
+from jaxtyping import Array, Float, Float32
 
-from assay.data import cache
+from assay.data import cache as files
+from assay.model.cache import LayerCache
 
 SOURCE = Path(__file__).with_name("native.cc")
 CALLS = ("product_float32", "product_bfloat16", "product_int8", "attend_one_query")
@@ -54,7 +55,7 @@ def build() -> tuple[bool, str]:
             )
         )
     ).hexdigest()
-    path = cache.folder() / "native" / f"{name[:32]}.so"
+    path = files.folder() / "native" / f"{name[:32]}.so"
     try:
         if not path.is_file():
             _compile(compiler, path)
@@ -133,21 +134,26 @@ def product_int8(
 
 def attend_one_query(
     q: Float[Array, "b h c"],
-    keys: Float[Array, "b s g c"],
-    values: Float[Array, "b s g c"],
-    lengths: Int32[Array, "b"],
+    k: Float[Array, "b g c"],
+    v: Float[Array, "b g c"],
+    cache: LayerCache,
     *,
     scale: float,
     window: int | None = None,
-) -> Float[Array, "b h c"]:
-    """softmax(q k^T scale) v over the first `lengths` slots of each row, `window` of them at most.
+) -> tuple[Float[Array, "b h c"], LayerCache]:
+    """Appends a token to each row of the cache, and attends to the row from it.
 
-    All sums are in float32; no other slot is read.
+    softmax(q k^T scale) v over the row's valid slots, `window` of them at most; all sums are in
+    float32, and no other slot is read. The cache's memory is changed in place.
     """
-    call = _call("attend_one_query", jax.ShapeDtypeStruct(q.shape, q.dtype))
+    kept = (cache.keys, cache.values)
+    results = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, *kept)]
+    call = _call("attend_one_query", results, input_output_aliases={3: 1, 4: 2})
     most = np.iinfo(np.int32).max if window is None else window
-    return call(q, keys, values, lengths, window=np.int64(most), scale=np.float32(scale))
+    how = {"window": np.int64(most), "scale": np.float32(scale)}
+    y, keys, values = call(q, k, v, *kept, cache.lengths, **how)
+    return y, LayerCache(keys, values, cache.lengths + 1)
 
 
-def _call(name: str, result: jax.ShapeDtypeStruct):
-    return jax.ffi.ffi_call(f"assay_{name}", result, vmap_method="sequential")
+def _call(name: str, results, **options):
+    return jax.ffi.ffi_call(f"assay_{name}", results, vmap_method="sequential", **options)
