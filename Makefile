@@ -58,7 +58,7 @@ bench: $(VENV)/.dev  ## speed and memory here against PyTorch, and a plot of how
 	$(BIN)/assay bench train tiny-gpt --against torch
 	$(BIN)/assay bench decode smollm-135m --against torch --rounds 3
 	$(BIN)/assay bench memory gpt2 --batch-size 4 --seq-len 256 --against torch
-	$(BIN)/assay bench loop baby-gpt
+	$(BIN)/assay bench loop tiny-gpt
 	$(BIN)/assay bench growth --plot runs/growth-$$(date +%Y%m%d-%H%M%S).png
 
 lock: $(UV)  ## resolve every dependency anew, to the newest stable versions
