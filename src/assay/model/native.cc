@@ -312,6 +312,8 @@ void Attend(const X* q, const Kept* keys, const Kept* values, const int32_t* len
   int64_t parts = (std::min({longest, slots, window}) + kSlots - 1) / kSlots;
   int64_t each = heads * (lanes + 2);  // of a part: for each head its sum, largest and total
   std::vector<float> made(batch * parts * each);
+  std::vector<char> begins(heads);  // whether a head is the first of the next kv head
+  for (int64_t h = 0; h < heads; h += heads / kv_heads) begins[h] = 1;
   auto seen = [&](int64_t b) {
     int64_t end = std::min<int64_t>(lengths[b] + 1, slots);
     return std::pair(std::max<int64_t>(0, end - window), end);
@@ -330,9 +332,10 @@ void Attend(const X* q, const Kept* keys, const Kept* values, const int32_t* len
       for (int64_t i = 0; i < stride; i += 64 / sizeof(Kept)) {
         _mm_prefetch(reinterpret_cast<const char*>(value + s * stride + i), _MM_HINT_T0);
       }
-      for (int64_t h = 0; h < heads; ++h) {
-        const X* query = q + (b * heads + h) * width;
-        const Kept* of_head = key + s * stride + h / (heads / kv_heads) * width;
+      const Kept* of_head = key + s * stride;
+      const X* query = q + b * heads * width;
+      for (int64_t h = 0; h < heads; ++h, query += width) {
+        if (h > 0 && begins[h]) of_head += width;
         __m512 sum = _mm512_setzero_ps();
         int64_t c = 0;
         for (; c + 16 <= width; c += 16) {
@@ -384,6 +387,7 @@ void Attend(const X* q, const Kept* keys, const Kept* values, const int32_t* len
       }
     }
   });
+  std::vector<float> weights(parts);
   for (int64_t row = 0; row < batch * heads; ++row) {
     int64_t b = row / heads, h = row % heads;
     auto [first, end] = seen(b);
@@ -393,14 +397,16 @@ void Attend(const X* q, const Kept* keys, const Kept* values, const int32_t* len
     float most = -INFINITY, total = 0;
     for (int64_t p = 0; p < count; ++p) most = std::max(most, largest[p * each]);
     for (int64_t p = 0; p < count; ++p) {
-      total += std::exp(largest[p * each] - most) * totals[p * each];
+      weights[p] = std::exp(largest[p * each] - most);
+      total += weights[p] * totals[p * each];
     }
     for (int64_t c = 0; c < width; c += 16) {
       __m512 sum = _mm512_setzero_ps();
       for (int64_t p = 0; p < count; ++p) {
-        __m512 weight = _mm512_set1_ps(std::exp(largest[p * each] - most) / total);
-        sum = _mm512_fmadd_ps(weight, Load(sums + p * each + h * lanes + c), sum);
+        __m512 part = Load(sums + p * each + h * lanes + c);
+        sum = _mm512_fmadd_ps(_mm512_set1_ps(weights[p]), part, sum);
       }
+      sum = _mm512_mul_ps(sum, _mm512_set1_ps(1.0f / total));
       Store(y + row * width + c, Mask(width - c), sum);
     }
   }
