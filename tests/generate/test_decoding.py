@@ -8,6 +8,7 @@ import pytest
 import assay.generate.engine as engine
 from assay.errors import AssayError
 from assay.generate.engine import Generator, generate
+from assay.model import native
 from assay.model.decoding import prepare, quantise
 from assay.model.transformer import named_parameters
 from assay.spec.model import HeadSpec
@@ -55,7 +56,7 @@ def test_a_full_forward_is_the_models(noisy):
 def test_bfloat16_weights_are_the_rounded_ones(noisy):
     model = noisy(SPECS["grouped"], dtype="bfloat16", kernels="cpu")
     named = named_parameters(model)
-    ready = prepare(model)
+    ready = prepare(model, native_calls=False)
     qkv = [named[f"layers.0.attention.{part}.w"] for part in "qkv"]
     wanted = jnp.concatenate(qkv, axis=1).T.astype(jnp.bfloat16)
     np.testing.assert_array_equal(ready.layers[0].attention.qkv.w[...], wanted)
@@ -93,7 +94,8 @@ def test_int8_is_near_and_keeps_the_contract(name, noisy):
         assert np.abs(full - floats).max() > 1e-5  # something was rounded
 
 
-def test_bytes_are_counted(noisy):
+def test_bytes_are_counted(noisy, monkeypatch):
+    monkeypatch.setattr(native, "build", lambda: (False, "packed weights are filled up"))
     spec = SPECS["grouped"]
     params = sum(leaf.size for leaf in jax.tree.leaves(noisy(spec)))
     floats, small = (Generator(noisy(spec), weights=w) for w in (None, "int8"))
