@@ -54,7 +54,7 @@ demo: $(VENV)/.core  ## train, sample and compare small models: minutes on a CPU
 compare: $(VENV)/.core  ## dense, grouped-query or experts: trains 9 models, writes runs/quick/report.html
 	$(BIN)/assay compare examples/compare/quick.toml --out runs/quick
 
-bench: $(VENV)/.dev  ## speed and memory here against PyTorch, and a plot of how a step grows: minutes
+bench: $(VENV)/.dev  ## speed and memory against PyTorch, and a plot of growth: minutes
 	$(BIN)/assay bench train tiny-gpt --against torch
 	$(BIN)/assay bench decode smollm-135m --against torch --rounds 3
 	$(BIN)/assay bench memory gpt2 --batch-size 4 --seq-len 256 --against torch
