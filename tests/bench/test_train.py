@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from assay.bench import train as bench
-from assay.bench.train import bench_train, torch_twin
+from assay.bench.train import bench_train, torch_twin, transformers_twin
 from assay.errors import AssayError
 from assay.model.transformer import Transformer, named_parameters
+from assay.spec import accounting
 from assay.spec.presets import PRESETS, shrink
 
 
@@ -67,6 +68,15 @@ def test_the_twin_gives_our_logits(name):
     np.testing.assert_allclose(jax.jit(lambda m, t: m(t))(model, tokens), theirs, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["gpt2", "baby-llama"])
+def test_the_peer_in_transformers_is_of_the_same_shape(name):
+    spec = shrink(PRESETS[name].model)
+    twin = transformers_twin(spec)
+    assert sum(p.numel() for p in twin.parameters()) == accounting.parameters(spec).total
+    assert twin.model.config._attn_implementation == "sdpa"
+    assert twin(torch.zeros((2, 12), dtype=torch.long)).shape == (2, 12, spec.vocab_size)
+
+
 def test_a_bench_gives_figures_of_both(monkeypatch):
     monkeypatch.setattr(bench, "COMPILE_LIMIT", 0.01)  # torch.compile takes a minute
     run = PRESETS["tiny-gpt"].run.changed(
@@ -78,6 +88,7 @@ def test_a_bench_gives_figures_of_both(monkeypatch):
     assert result.theirs.median == max(form.median for form in result.forms.values())
     assert result.ratio.median == pytest.approx(result.ours.median / result.theirs.median)
     assert abs(result.first_loss - result.their_first_loss) < 0.5
+    assert result.not_timed == {"compiled": "it did not compile within 0.01 seconds"}
 
 
 def test_what_the_twin_cannot_do_is_said():

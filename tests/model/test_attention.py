@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from assay.model import attention
 from assay.model.attention import HIDDEN, Attention, attend, geometry
 from assay.spec.model import AttentionSpec, NormalInit, QkNorm, RmsNorm, Rope
 from assay.spec.run import ComputeSpec
@@ -77,6 +78,28 @@ def test_cpu_gradients(kv_heads, rows):
         return jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(*qkv(4, kv_heads))
 
     for a, b in zip(gradients(True), gradients(False), strict=True):
+        np.testing.assert_allclose(a, b, **CLOSE)
+
+
+@pytest.mark.parametrize("window", [None, 2, 5])
+@pytest.mark.parametrize(("kv_heads", "by_head"), [(4, False), (2, False), (2, True)])
+def test_blocks_of_queries_read_only_what_they_see(monkeypatch, window, kv_heads, by_head):
+    """Keys beyond a block's reach are left out, which changes neither values nor gradients."""
+    monkeypatch.setattr(attention, "QUERIES_AT_A_TIME", 3)
+    bias = mask(lambda b, t, s: s <= t and (window is None or t - s < window))[:1, None]
+    if by_head:
+        bias = bias + jax.random.normal(jax.random.key(3), (1, 4, T, T))
+
+    def found(cpu):
+        def loss(q, k, v, bias):
+            out = attend(q, k, v, bias, scale=0.5, cpu=cpu, causal=True, window=window)
+            return jnp.sum(out * jax.random.normal(jax.random.key(9), out.shape)), out
+
+        arguments = (0, 1, 2, 3) if by_head else (0, 1, 2)  # a mask has no gradient
+        grads, out = jax.grad(loss, arguments, has_aux=True)(*qkv(4, kv_heads), bias)
+        return out, *grads
+
+    for a, b in zip(found(True), found(False), strict=True):
         np.testing.assert_allclose(a, b, **CLOSE)
 
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from assay.model.layers import (
     ACTIVATIONS,
@@ -16,6 +17,7 @@ from assay.model.layers import (
     activate,
     dropout,
     glu,
+    linears,
     normalise,
     product,
 )
@@ -82,6 +84,33 @@ def test_cpu_kernels_under_transforms(transform, transposed):
 
     found = value_and_gradients(transform(partial(layer, cpu=True)), x, w)
     for a, b in zip(found, value_and_gradients(partial(layer, cpu=False), x, w), strict=True):
+        np.testing.assert_allclose(a, b, **CLOSE)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_layers_of_one_input_are_one_product(bias):
+    """And give what each gives alone, of plain autodiff, gradients too."""
+
+    def layers(kernels):
+        how = {"axes": (None, None), "init": NormalInit(), "compute": ComputeSpec(kernels=kernels)}
+        widths = ((0, 6), (1, 2), (2, 2))
+        made = [Linear(jax.random.key(i), 5, n, bias=bias, **how) for i, n in widths]
+        graph, params = nnx.split(nnx.List(made))
+        return graph, jax.tree.map(lambda p: p + 0.1, params)
+
+    def loss(params, x, graph):
+        made = linears(x, *nnx.merge(graph, params))
+        return sum(jnp.sum(y * normal(i, *y.shape)) for i, y in enumerate(made)), made
+
+    def found(kernels):
+        graph, params = layers(kernels)
+        grads, made = jax.grad(loss, (0, 1), has_aux=True)(params, normal(0, 2, 64, 5), graph)
+        products = str(jax.make_jaxpr(loss, static_argnums=2)(params, normal(0, 2, 64, 5), graph))
+        return products.count("dot_general"), jax.tree.leaves((grads, made))
+
+    (one, ours), (three, theirs) = found("cpu"), found("plain")
+    assert (one, three) == (1, 3)
+    for a, b in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(a, b, **CLOSE)
 
 

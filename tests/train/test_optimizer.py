@@ -1,3 +1,5 @@
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -118,6 +120,24 @@ def test_clipping_bounds_the_gradient(model):
     tx = make_optimizer(SgdSpec(lr=1.0, clip=1.0), kinds)
     updates, _ = tx.update(huge, tx.init(params), params)
     assert optax.tree.norm(updates) == pytest.approx(1.0, rel=1e-4)
+
+
+@pytest.mark.parametrize("size", [1e-3, 100.0], ids=["within", "beyond"])
+def test_adamw_with_clipping_is_optax_own(model, size):
+    params, kinds = built(model)
+    spec = AdamWSpec(weight_decay=0.1, clip=1.0)
+    tx, decayed = make_optimizer(spec, kinds), jax.tree.map(lambda k: k != "vector", kinds)
+    theirs = optax.chain(
+        optax.clip_by_global_norm(spec.clip),
+        optax.adamw(spec.lr, spec.b1, spec.b2, spec.epsilon, weight_decay=0.1, mask=decayed),
+    )
+    states = [tx.init(params), theirs.init(params)]
+    assert jax.tree.structure(states[0]) == jax.tree.structure(states[1])
+    for turn in (1, 2):
+        grads = jax.tree.map(lambda p, turn=turn: size * jnp.sin(100 * turn * p), params)
+        ours, states[0] = tx.update(grads, states[0], params)
+        expected, states[1] = theirs.update(grads, states[1], params)
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-8), ours, expected)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from assay.model import attention
 from assay.model.sharding import make_mesh, parameter_shardings, use_mesh
 from assay.model.transformer import abstract, layout, name_leaves
 from assay.spec.run import ComputeSpec, MeshSpec, SgdSpec
@@ -89,11 +90,51 @@ def test_nothing_is_compiled_twice(plain, batch):
 
 
 @pytest.mark.parametrize(
-    "mesh", [MeshSpec(data=8), MeshSpec(fsdp=4), MeshSpec(data=2, fsdp=2, tensor=2)]
+    "how",
+    [{}, {"scan_layers": True}, {"remat": "block"}, {"scan_layers": True, "remat": "weights"}],
+    ids=["unrolled", "scan", "remat", "both"],
 )
-def test_a_mesh_changes_no_gradient(plain, batch, mesh):
+def test_the_forms_for_a_cpu_change_no_update(plain, batch, monkeypatch, how):
+    """Against plain autodiff; queries in two blocks, one of the layers with a window."""
+    monkeypatch.setattr(attention, "QUERIES_AT_A_TIME", 8)
+    fast = plain.replace(compute=ComputeSpec(kernels="cpu", **how))
+    slow = plain.replace(compute=ComputeSpec(kernels="plain"))
+    assert_same_change(fast, stepped(fast, batch)[0], slow, stepped(slow, batch)[0])
+
+
+def test_seeds_side_by_side_are_each_as_alone(plain, batch):
+    fast = plain.replace(compute=ComputeSpec(kernels="cpu"))
+    runs = [fast.replace(seed=seed) for seed in (3, 4)]
+    states = jax.tree.map(lambda *x: jnp.stack(x), *map(initial_state, runs))
+    step = make_step(fast, abstract(fast.model, fast.compute))
+    together, _ = jax.jit(jax.vmap(step, (0, None, None)))(states, batch, jnp.float32(0))
+    for i, run in enumerate(runs):
+        slow = run.replace(compute=ComputeSpec(kernels="plain"))
+        state = jax.tree.map(lambda x, i=i: x[i], together)
+        assert_same_change(run, state, slow, stepped(slow, batch)[0])
+
+
+def assert_same_change(run, state, other, expected):
+    """Of two runs with the same start, however each keeps its layers."""
+    start = name_leaves(initial_state(other).params, layout(other.model, other.compute))
+    ours = name_leaves(state.params, layout(run.model, run.compute))
+    theirs = name_leaves(expected.params, layout(other.model, other.compute))
+    changes = ({name: np.asarray(x[name]) - start[name] for name in start} for x in (ours, theirs))
+    assert_close(*changes, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "kernels"),
+    [
+        (MeshSpec(data=8), "plain"),
+        (MeshSpec(fsdp=4), "plain"),
+        (MeshSpec(data=2, fsdp=2, tensor=2), "plain"),
+        (MeshSpec(data=2, fsdp=2, tensor=2), "cpu"),
+    ],
+)
+def test_a_mesh_changes_no_gradient(plain, batch, mesh, kernels):
     alone, metrics = stepped(plain, batch)
-    run = plain.replace(mesh=mesh, compute=ComputeSpec(kernels="plain"))
+    run = plain.replace(mesh=mesh, compute=ComputeSpec(kernels=kernels))
     model = abstract(run.model, run.compute)
     with use_mesh(make_mesh(mesh)) as devices:
         form = jax.eval_shape(lambda: initial_state(run))

@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import metadata
 from statistics import median
 from typing import Any
 
@@ -16,20 +17,25 @@ import numpy as np
 
 from assay.bench.timing import Spread, seconds
 from assay.errors import AssayError, did_you_mean, need_extra
+from assay.interop.huggingface_config import config_from_spec
 from assay.model.transformer import abstract
 from assay.spec.model import BlockSpec, TransformerSpec
 from assay.spec.run import RunSpec
 from assay.train.step import initial_state, make_step
 
 COMPILE_LIMIT = 180.0
-"""Seconds that `torch.compile` may take before only eager PyTorch is timed."""
+"""Seconds that `torch.compile` may take before only eager PyTorch is timed, which is then said."""
+
+PEERS = ("torch", "transformers")
+"""Whom a step can be timed against: a plain PyTorch twin, or `transformers`' own model."""
 
 
 @dataclass(frozen=True)
 class Comparison:
     """Tokens a second of ours and (perhaps) theirs; `ratio` over 1 says that ours is faster.
 
-    `theirs` is the `better` of their `forms`, eager and compiled, by the median.
+    `theirs` is the `better` of their `forms`, eager and compiled, by the median; `not_timed` says
+    why a form is missing.
     """
 
     ours: Spread
@@ -37,6 +43,7 @@ class Comparison:
     ratio: Spread | None
     forms: dict[str, Spread]
     better: str | None
+    not_timed: dict[str, str]
     first_step_seconds: float
     first_loss: float
     their_first_loss: float | None
@@ -52,8 +59,8 @@ def bench_train(run: RunSpec, *, against: str | None = None, rounds: int = 5) ->
     Raises:
         AssayError: if `against` is not known or not installed, or cannot express the model.
     """
-    if against not in (None, "torch"):
-        raise AssayError(f"--against {against}: {did_you_mean(against, ['torch'])}")
+    if against not in (None, *PEERS):
+        raise AssayError(f"--against {against}: {did_you_mean(against, PEERS)}")
     shape = (run.data.batch_size, run.data.seq_len)
     rng = np.random.default_rng(0)
     batch = {
@@ -65,11 +72,14 @@ def bench_train(run: RunSpec, *, against: str | None = None, rounds: int = 5) ->
     first_loss = ours()
     first_step = time.perf_counter() - began
     theirs: dict[str, Callable[[], float]] = {}
+    not_timed: dict[str, str] = {}
     if against:
-        theirs["eager"] = torch_step(run, batch)
+        theirs["eager"] = torch_step(run, batch, network=against)
         their_first_loss = theirs["eager"]()
-        compiled = torch_step(run, batch, compiled=True)
-        if _within(COMPILE_LIMIT, compiled):
+        compiled = torch_step(run, batch, network=against, compiled=True)
+        if reason := _why_not_within(COMPILE_LIMIT, compiled):
+            not_timed["compiled"] = reason
+        else:
             theirs["compiled"] = compiled
 
     # So many steps a turn that a turn takes about a second.
@@ -89,6 +99,7 @@ def bench_train(run: RunSpec, *, against: str | None = None, rounds: int = 5) ->
             None,
             {},
             None,
+            {},
             first_step,
             first_loss,
             None,
@@ -98,6 +109,8 @@ def bench_train(run: RunSpec, *, against: str | None = None, rounds: int = 5) ->
     import torch
 
     versions["torch"] = torch.__version__
+    if against != "torch":
+        versions[against] = metadata.version(against)
     better = max(theirs, key=lambda form: median(their_speeds[form]))
     ratios = [a / b for a, b in zip(our_speeds, their_speeds[better], strict=True)]
     return Comparison(
@@ -106,6 +119,7 @@ def bench_train(run: RunSpec, *, against: str | None = None, rounds: int = 5) ->
         Spread.of(ratios),
         {form: Spread.of(speeds) for form, speeds in their_speeds.items()},
         better,
+        not_timed,
         first_step,
         first_loss,
         their_first_loss,
@@ -114,8 +128,8 @@ def bench_train(run: RunSpec, *, against: str | None = None, rounds: int = 5) ->
     )
 
 
-def _within(limit: float, compiled: Callable[[], float]) -> bool:
-    """Compiles by one step; False where that fails or takes longer than `limit` seconds."""
+def _why_not_within(limit: float, compiled: Callable[[], float]) -> str | None:
+    """Compiles by one step; why that failed or took longer than `limit` seconds, else None."""
 
     def late(*_):
         raise TimeoutError
@@ -124,9 +138,12 @@ def _within(limit: float, compiled: Callable[[], float]) -> bool:
     signal.setitimer(signal.ITIMER_REAL, limit)
     try:
         compiled()
-        return True
-    except Exception:  # whatever its compiler meets: there is then only the eager one to beat
-        return False
+        return None
+    except TimeoutError:
+        return f"it did not compile within {limit:g} seconds"
+    except Exception as error:  # whatever its compiler meets: there is then only eager to beat
+        message = next(filter(str.strip, str(error).splitlines()), "")
+        return f"it did not compile ({type(error).__name__}: {message.strip()[:200]})"
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
@@ -150,9 +167,16 @@ def jax_step(run: RunSpec, batch: dict[str, np.ndarray]) -> Callable[[], float]:
 
 
 def torch_step(
-    run: RunSpec, batch: dict[str, np.ndarray], *, compiled: bool = False
+    run: RunSpec,
+    batch: dict[str, np.ndarray],
+    *,
+    network: str = "torch",
+    compiled: bool = False,
 ) -> Callable[[], float]:
-    """The same update in PyTorch: the twin below, fused AdamW, bfloat16 as autocast.
+    """The same update in PyTorch: fused AdamW, bfloat16 as autocast.
+
+    `network` is "torch", the twin below, or "transformers", the model that a Hugging Face config
+    of this architecture makes there, with PyTorch's fused attention.
 
     Autocast keeps parameters, norms, the residual stream and the loss in float32; ours keeps
     parameters, the insides of norms, softmax and activations, and the loss.
@@ -162,7 +186,7 @@ def torch_step(
     except ImportError:
         raise need_extra("torch", "parity", "Timing against PyTorch") from None
     torch.manual_seed(0)
-    model = torch_twin(run.model)
+    model = torch_twin(run.model) if network == "torch" else transformers_twin(run.model)
     forward = torch.compile(model) if compiled else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), fused=True)
     tokens = torch.from_numpy(batch["tokens"]).long()
@@ -182,6 +206,35 @@ def torch_step(
         return float(loss.detach())
 
     return once
+
+
+def transformers_twin(spec: TransformerSpec) -> Any:
+    """Tokens (B, T) to logits by `transformers`' own model of this architecture.
+
+    Raises:
+        AssayError: if it is not installed, or none of its families can express the spec.
+    """
+    try:
+        import transformers
+    except ImportError:
+        raise need_extra("transformers", "parity", "Timing against transformers") from None
+    from torch import nn
+
+    config = dict(config_from_spec(spec))
+    config = transformers.AutoConfig.for_model(config.pop("model_type"), **config)
+    config.use_cache = False
+
+    class Logits(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = transformers.AutoModelForCausalLM.from_config(
+                config, attn_implementation="sdpa"
+            )
+
+        def forward(self, tokens):
+            return self.model(input_ids=tokens).logits
+
+    return Logits().float().train()
 
 
 def torch_twin(spec: TransformerSpec) -> Any:

@@ -48,7 +48,9 @@ def bench(
     model: Annotated[
         str | None, typer.Argument(help="A preset; growth has models of its own.")
     ] = None,
-    against: Annotated[str | None, typer.Option(help="torch: time PyTorch in turn.")] = None,
+    against: Annotated[
+        str | None, typer.Option(help="torch, or (train) transformers: timed in turn.")
+    ] = None,
     dtype: Annotated[
         str | None, typer.Option(help="float32 or bfloat16; decode: int8 too.")
     ] = None,
@@ -110,6 +112,7 @@ def _bench_train(
     from assay.bench.train import bench_train
 
     result = bench_train(run, against=against, rounds=rounds)
+    peer = against or "torch"
     data = {
         "model": model,
         "dtype": run.compute.dtype,
@@ -117,6 +120,7 @@ def _bench_train(
         "theirs": result.theirs and {"tokens_per_second": asdict(result.theirs)},
         "ratio": result.ratio and asdict(result.ratio),
         "better": result.better,
+        "not_timed": result.not_timed,
         "forms": {k: {"tokens_per_second": asdict(v)} for k, v in result.forms.items()},
         "first_step_seconds": result.first_step_seconds,
         "losses": {"ours": result.first_loss, "theirs": result.their_first_loss},
@@ -127,10 +131,12 @@ def _bench_train(
         rows = {"ours, tokens/s": (result.ours, ",.0f")}
         if result.theirs:
             for form, spread in result.forms.items():
-                rows[f"torch {form}, tokens/s"] = (spread, ",.0f")
-            rows[f"ours / torch {result.better}"] = (result.ratio, ".2f")
+                rows[f"{peer} {form}, tokens/s"] = (spread, ",.0f")
+            rows[f"ours / {peer} {result.better}"] = (result.ratio, ".2f")
         title = f"{model}, {run.compute.dtype}, batch {run.data.batch_size} x {run.data.seq_len}"
         _print_spreads(title, rows)
+        for form, reason in result.not_timed.items():
+            out().print(f"{peer} {form} was not timed: {reason}")
         out().print(f"first step, compilation included: {result.first_step_seconds:.1f} s")
         versions = ", ".join(f"{k} {v}" for k, v in result.versions.items())
         out().print(f"{versions}, {result.threads} threads")
@@ -160,6 +166,8 @@ def _bench_moe(model: str, run: "RunSpec", against: str | None, rounds: int, as_
             "dense": "dense of equal active size",
             "every_expert": "every expert on every token",
             "torch": "PyTorch, a loop over experts",
+            "layer": "one layer of experts",
+            "plain_layer": "the layer written plainly",
         }
         rows = {f"{names[name]}, tokens/s": (x, ",.0f") for name, x in result.speeds.items()}
         rows |= {f"experts / {names[name]}": (x, ".2f") for name, x in result.ratios.items()}

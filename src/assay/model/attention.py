@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int32, Key
 
 from assay.model.cache import LayerCache
 from assay.model.flash import fits, flash_attend, flash_kernel
-from assay.model.layers import Linear, Norm, activate, dropout, use_cpu_kernels
+from assay.model.layers import Linear, Norm, activate, dropout, linears, use_cpu_kernels
 from assay.model.native import attend_one_query
 from assay.model.positions import alibi_bias, relative_bias, rope_tables, rotate
 from assay.model.sharding import constant_parameter, constrain, parameter, table_rows
@@ -131,19 +131,21 @@ def attend(
     dropout_rate: float = 0.0,
     key: Key[Array, ""] | None = None,
     cpu: bool = False,
+    causal: bool = False,
+    window: int | None = None,
 ) -> Float[Array, "b t h c"]:
     """softmax(q k^T scale + bias) v, the softmax in float32 (arXiv:1706.03762, section 3.2.1).
 
     `bias` is (T, S), or (B, 1 or H, T or 1, S) where B may be 1. Each kv head serves H / K query
-    heads.
+    heads. `causal` and `window` say what the bias hides by place alone, so that a kernel may leave
+    it out.
     """
     b, t, h, c = q.shape
     if bias.ndim != 4:
         bias = bias.reshape((-1, 1, *bias.shape[-2:]))
     groups = h // k.shape[2]
     if cpu and softcap is None and (key is None or dropout_rate == 0.0) and t > 1:
-        k, v = (jnp.repeat(x, groups, axis=2) if groups > 1 else x for x in (k, v))
-        return _cpu_attend(q, k, v, bias, scale)
+        return _attend_in_blocks(q, k, v, bias, scale, _blocks(t, k.shape[1], causal, window))
     lying = cpu and t == 1
     q = q.reshape(b, t, h // groups, groups, c)
     if lying:
@@ -188,6 +190,52 @@ def _sums_as_values_lie(
     sums = jnp.einsum("bhs,bsn->bhn", weights.reshape(b, -1, s), v.reshape(b, s, -1))
     sums = sums.reshape(b, heads, -1, heads, c)
     return jnp.einsum("bkgkc->bkgc", sums)[:, None]
+
+
+QUERIES_AT_A_TIME = 256
+"""Of a causal attention, where there are more: each such block reads only the keys it can see."""
+
+
+def _blocks(
+    queries: int, keys: int, causal: bool, window: int | None
+) -> tuple[tuple[slice, slice], ...]:
+    """Blocks of queries, each with the keys that it may see."""
+    if not causal or queries != keys or queries <= QUERIES_AT_A_TIME:
+        return ((slice(queries), slice(keys)),)
+    blocks = []
+    for first in range(0, queries, QUERIES_AT_A_TIME):
+        last = min(first + QUERIES_AT_A_TIME, queries)
+        oldest = 0 if window is None else max(first - window + 1, 0)
+        oldest -= oldest % QUERIES_AT_A_TIME
+        blocks.append((slice(first, last), slice(oldest, last)))
+    return tuple(blocks)
+
+
+def _attend_in_blocks(q, k, v, bias, scale, blocks):
+    if len(blocks) == 1:
+        return _attend_in_groups(q, k, v, bias, scale)
+    parts = (
+        _attend_in_groups(q[:, rows], k[:, seen], v[:, seen], bias[:, :, rows, seen], scale)
+        for rows, seen in blocks
+    )
+    return jnp.concatenate(list(parts), axis=1)
+
+
+def _attend_in_groups(q, k, v, bias, scale):
+    """Queries that share a kv head are so many more rows of one product: nothing is repeated."""
+    b, t, h, c = q.shape
+    heads, groups = k.shape[2], h // k.shape[2]
+    if groups == 1:
+        return _cpu_attend(q, k, v, bias, scale)
+    rows = q.reshape(b, t, heads, groups, c).swapaxes(2, 3).reshape(b, t * groups, heads, c)
+    if bias.shape[1] > 1:  # (B, K G, T, S) -> (B, K, T G, S)
+        bias = jnp.broadcast_to(bias, (*bias.shape[:2], t, bias.shape[3]))
+        bias = bias.reshape(bias.shape[0], heads, groups, *bias.shape[2:]).swapaxes(2, 3)
+        bias = bias.reshape(bias.shape[0], heads, -1, bias.shape[-1])
+    elif bias.shape[2] > 1:
+        bias = jnp.repeat(bias, groups, axis=2)
+    out = _cpu_attend(rows, k, v, bias, scale)
+    return out.reshape(b, t, groups, heads, c).swapaxes(2, 3).reshape(b, t, h, c)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -350,7 +398,8 @@ class Attention(nnx.Module):
                 softcap=spec.softcap,
             )
         else:
-            y = self._attend(q, k, v, geometry.bias(spec), key)
+            causal = geometry.in_order is not None and geometry.in_order.causal
+            y = self._attend(q, k, v, geometry.bias(spec), key, causal=causal, window=spec.window)
         return self._out(y, x), cache
 
     def _rotated(self, q, k, cos, sin) -> tuple[Array, Array]:
@@ -418,7 +467,7 @@ class Attention(nnx.Module):
         y = constrain(y, "batch", None, axis, None)
         return norm(y) if over == "head" else y
 
-    def _attend(self, q, k, v, bias, key) -> Float[Array, "b t h c"]:
+    def _attend(self, q, k, v, bias, key, **hidden) -> Float[Array, "b t h c"]:
         return attend(
             q,
             k,
@@ -429,13 +478,15 @@ class Attention(nnx.Module):
             dropout_rate=self.spec.dropout,
             key=key,
             cpu=self.cpu,
+            **hidden,
         )
 
     def _queries_keys_values(self, x: Float[Array, "b t d"]) -> tuple[Array, Array, Array]:
         if self.qkv is None:
-            return self.queries(x), *self.keys_values(x)
-        wide, narrow = self.spec.heads * self.width, self.spec.num_kv_heads * self.width
-        q, k, v = jnp.split(self.qkv(x), (wide, wide + narrow), axis=-1)
+            q, k, v = linears(x, self.q, self.k, self.v)
+        else:
+            wide, narrow = self.spec.heads * self.width, self.spec.num_kv_heads * self.width
+            q, k, v = jnp.split(self.qkv(x), (wide, wide + narrow), axis=-1)
         return (
             self._heads(q, "heads", self.q_norm),
             self._heads(k, "kv_heads", self.k_norm),

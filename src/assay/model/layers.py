@@ -12,6 +12,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
@@ -103,6 +104,27 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "*b k"]) -> Float[Array, "*b n"]:
         return linear(x, self.w[...], None if self.b is None else self.b[...], cpu=self.cpu)
+
+
+MANY_ROWS = 128
+"""From so many on, weights laid side by side cost little beside the product."""
+
+
+def linears(x: Float[Array, "*b k"], *layers: Linear) -> tuple[Float[Array, "*b n"], ...]:
+    """What each layer makes of the same x: (..., K) -> (..., N) of each.
+
+    On one CPU a single product, its backward pass too: one larger product is faster than
+    several, x is laid out for it once, and its gradients need no sum.
+    """
+    alone = jax.sharding.get_abstract_mesh().empty
+    if not layers[0].cpu or not alone or math.prod(x.shape[:-1]) < MANY_ROWS:
+        return tuple(layer(x) for layer in layers)
+    w = jnp.concatenate([layer.w[...].astype(x.dtype) for layer in layers], axis=1)
+    b = None
+    if layers[0].b is not None:
+        b = jnp.concatenate([layer.b[...] for layer in layers])
+    widths = np.cumsum([layer.w.shape[1] for layer in layers])
+    return tuple(jnp.split(linear(x, w, b, cpu=True), widths[:-1].tolist(), axis=-1))
 
 
 # ---------------------------------------------------------------------------- activations
@@ -228,7 +250,9 @@ def _cpu_normalise_forward(x, scale, bias, centred, epsilon):
         y = y * along_last(scale, y)
     if bias is not None:
         y = y + along_last(bias, y)
-    return y.astype(x.dtype), (x, scale, bias, mean, rate)
+    # Made once: XLA would else make it again for the product that the backward pass has of it.
+    y = jax.lax.optimization_barrier(y.astype(x.dtype))
+    return y, (x, scale, bias, mean, rate)
 
 
 def _cpu_normalise_backward(centred, epsilon, saved, g):
@@ -326,7 +350,8 @@ class Mlp(nnx.Module):
             gate, up = jnp.split(self.gate_up(x), 2, axis=-1)
             return self.down(activate(gate, self.activation, cpu=self.cpu) * up)
         if self.gate is not None:
-            return self.down(glu(self.gate(x), self.up[0](x), self.activation, cpu=self.cpu))
+            gate, up = linears(x, self.gate, self.up[0])
+            return self.down(glu(gate, up, self.activation, cpu=self.cpu))
         for up in self.up:
             x = activate(up(x), self.activation, cpu=self.cpu)
         return self.down(x)

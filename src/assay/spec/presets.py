@@ -758,7 +758,28 @@ register("tiny-gpt", "small", f"{NANOGPT}, CPU recipe", tiny_gpt, nanogpt_run(ti
 baby_gpt = nanogpt_sized(6, 384, 6, 256)
 register("baby-gpt", "small", f"{NANOGPT}, GPU recipe", baby_gpt, nanogpt_run(baby_gpt, 64, 5000))
 
-# The same with 8 experts, of which a token meets as much as it did of the MLP.
+# Llama's blocks at that size, for longer rows.
+baby_llama = vary(
+    llama_3_8b,
+    vocab_size=65,
+    d_model=384,
+    context=1024,
+    head=HeadSpec(tied=True),
+    stack={"num_layers": 6},
+    block={
+        "attention": {"heads": 6, "kv_heads": 2, "positions": rope},
+        "feed_forward": {"hidden": 1152},
+    },
+)
+register(
+    "baby-llama",
+    "small",
+    "Llama 3's blocks at baby-gpt's size",
+    baby_llama,
+    nanogpt_run(baby_llama, 16, 5000),
+)
+
+# baby-gpt with 8 experts, of which a token meets as much as it did of the MLP.
 baby_moe = with_experts(
     baby_gpt,
     MoeSpec(

@@ -78,24 +78,27 @@ def make_step(run: RunSpec, abstract_model: Transformer) -> Step:
     parts = run.train.accumulate
     random, offload = uses_randomness(run.model), run.compute.offload_optimizer
 
-    def gradients(params, batch, key):
+    def gradients(params, batch, key, share):
+        """Of sums over the tokens times `share`: scaled here, the gradient needs no pass for it."""
+
         def objective(params):
-            return summed_objective(nnx.merge(graph, params), batch, run.train, key)
+            sums = summed_objective(nnx.merge(graph, params), batch, run.train, key)
+            return jax.tree.map(lambda x: x * share, sums)
 
         (total, parts), grads = jax.value_and_grad(objective, has_aux=True)(params)
         return grads, total, parts
 
-    def accumulated(params, batch, key):
+    def accumulated(params, batch, key, share):
         """The same sums, a part of the batch at a time."""
         split = {name: x.reshape(parts, -1, *x.shape[1:]) for name, x in batch.items()}
 
         def one(sums, part):
             index, batch = part
             part_key = None if key is None else jax.random.fold_in(key, index)
-            return jax.tree.map(jnp.add, sums, gradients(params, batch, part_key)), None
+            return jax.tree.map(jnp.add, sums, gradients(params, batch, part_key, share)), None
 
         first = jax.tree.map(lambda x: x[0], split)
-        shapes = jax.eval_shape(gradients, params, first, key)
+        shapes = jax.eval_shape(gradients, params, first, key, share)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         sums, _ = jax.lax.scan(one, zeros, (jnp.arange(parts), split))
         return sums
@@ -103,20 +106,20 @@ def make_step(run: RunSpec, abstract_model: Transformer) -> Step:
     def step(state: TrainState, batch: Batch, progress) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.key, state.step) if random else None
         compute = gradients if parts == 1 else accumulated
-        sums, objective, logged = compute(state.params, batch, key)
         tokens = count_tokens(batch)
-        share = 1.0 / jnp.maximum(tokens, 1.0)
-        sums = jax.tree.map(lambda g: g * share, sums)
-        grads = without_balance(sums, kinds)
+        with_balance, objective, logged = compute(
+            state.params, batch, key, 1.0 / jnp.maximum(tokens, 1.0)
+        )
+        grads = without_balance(with_balance, kinds)
         factor = schedule_factor(run.schedule, state.step, progress)
         statistics = moved(state.optimizer, jax.memory.Space.Device) if offload else state.optimizer
         updates, optimizer = tx.update(grads, statistics, state.params)
         optimizer = moved(optimizer, jax.memory.Space.Host) if offload else optimizer
         params = jax.tree.map(lambda p, u: p + factor * u, state.params, updates)
-        params = balanced(params, sums, rates)
+        params = balanced(params, with_balance, rates)
         metrics = {
-            **jax.tree.map(lambda x: x * share, logged),
-            "objective": objective * share,
+            **logged,
+            "objective": objective,
             "grad_norm": optax.tree.norm(grads),
             "lr": factor * run.optimizer.lr,
             "tokens": tokens,
