@@ -79,9 +79,9 @@ def plain_step(batch, dtype):
     return once
 
 
-@pytest.mark.parametrize(("dtype", "least"), [("float32", 0.9), ("bfloat16", 1.3)])
+@pytest.mark.parametrize(("dtype", "least"), [("float32", 1.1), ("bfloat16", 1.6)])
 def test_a_step_is_faster_than_one_written_plainly(dtype, least):
-    """docs/performance.md has what was measured; the bounds leave room for a busy machine."""
+    """Alone on 2 cores 1.6 and 3.0 times as fast; the bounds leave room for a busy machine."""
     stack = "model.decoder"
     run = PRESETS["baby-gpt"].run.changed(
         {
