@@ -1,24 +1,19 @@
 """What experts cost: a training step beside that of a dense model of equal active size.
 
-The same step is also timed with every expert on every token, which is what a dispatch saves; and
-one layer alone beside the same layer written plainly. Ratios are of one run, turn by turn.
+The same step is also timed with every expert on every token, which is what a dispatch saves.
+Ratios are of one run, turn by turn.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
 
 from assay.bench.timing import Spread, seconds
 from assay.bench.train import jax_step, torch_step
 from assay.errors import AssayError, did_you_mean
-from assay.model.layers import ACTIVATIONS, along_last
-from assay.model.moe import Moe
-from assay.spec.model import BlockSpec, MlpSpec, MoeSpec, NormalInit, TransformerSpec
+from assay.spec.model import BlockSpec, MlpSpec, MoeSpec, TransformerSpec
 from assay.spec.run import RunSpec
 
 
@@ -28,8 +23,7 @@ class MoeComparison:
 
     `dense` is the dense twin, `every_expert` the same experts with dense dispatch, `torch` a loop
     over the experts in PyTorch. A ratio is of our speed to the other's, round by round: over 1 says
-    that ours is faster. `layer` is one layer of experts, forward and backward, and `plain_layer`
-    the same one as `plain_layer` below writes it (where it can): their ratio is between the two.
+    that ours is faster.
     """
 
     speeds: dict[str, Spread]
@@ -63,11 +57,7 @@ def bench_moe(run: RunSpec, *, against: str | None = None, rounds: int = 5) -> M
     if against:
         steps["torch"] = torch_step(run, batch)
         versions["torch"] = metadata.version("torch")
-    layers = layer_steps(run)
     losses = {name: step() for name, step in steps.items()}
-    for step in layers.values():
-        step()
-    steps |= layers
     # So many steps a turn that a turn of the fastest takes about a second.
     count = max(1, round(1.0 / max(seconds(steps["dense"], 1), 1e-3)))
     speeds: dict[str, list[float]] = {name: [] for name in steps}
@@ -76,69 +66,14 @@ def bench_moe(run: RunSpec, *, against: str | None = None, rounds: int = 5) -> M
             speeds[name].append(count * batch["tokens"].size / seconds(step, count))
 
     def over(other: str) -> Spread:
-        ours = speeds["layer" if other == "plain_layer" else "ours"]
-        return Spread.of([a / b for a, b in zip(ours, speeds[other], strict=True)])
+        return Spread.of([a / b for a, b in zip(speeds["ours"], speeds[other], strict=True)])
 
     return MoeComparison(
         {name: Spread.of(values) for name, values in speeds.items()},
-        {name: over(name) for name in speeds if name not in ("ours", "layer")},
+        {name: over(name) for name in speeds if name != "ours"},
         losses,
         versions,
     )
-
-
-def layer_steps(run: RunSpec) -> dict[str, Callable[[], Array]]:
-    """Forward and backward of its first layer of experts, ours and plain; perhaps neither."""
-    spec = next(
-        block.feed_forward
-        for block in run.model.decoder.pattern
-        if block.feed_forward is not None and block.feed_forward.kind == "moe"
-    )
-    router = spec.router
-    shares = router.kind == "noisy_top_k" or (router.kind == "top_k" and router.renormalise)
-    if not shares or spec.shared is not None or len(spec.expert.widths) > 1:
-        return {}
-    init = {"init": NormalInit(), "residual_init": NormalInit(), "residual_scale": 1.0}
-    layer = Moe(jax.random.key(0), run.model.d_model, spec, **init, compute=run.compute)
-    shape = (run.data.batch_size, run.data.seq_len, run.model.d_model)
-    x = jax.random.normal(jax.random.key(1), shape).astype(run.compute.dtype)
-
-    def step(forward):
-        def loss(layer, x):
-            return jnp.sum(jnp.square(forward(layer, x).astype(jnp.float32)))
-
-        compiled = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(layer, x).compile()
-        return lambda: jax.block_until_ready(compiled(layer, x))
-
-    return {
-        "layer": step(lambda layer, x: layer(x)[0]),
-        "plain_layer": step(plain_layer),
-    }
-
-
-def plain_layer(layer: Moe, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
-    """As one first writes it, left to autodiff: every expert on every token, one after another.
-
-    Each output is weighted by the softmax over the token's k largest scores, which is 0 for most.
-    """
-    router, experts = layer.router, layer.experts
-
-    def linear(x, part, e):
-        y = x @ part.w[...][e].astype(x.dtype)
-        return y if part.b is None else y + along_last(part.b[...][e].astype(x.dtype), y)
-
-    scores = router.logits(x, None)
-    least = jax.lax.top_k(scores, layer.spec.router.k)[0][..., -1:]
-    gates = jax.nn.softmax(jnp.where(scores < least, -jnp.inf, scores)).astype(x.dtype)
-    activation, y = ACTIVATIONS[experts.activation], jnp.zeros_like(x)
-    for e in range(layer.spec.experts):
-        hidden = linear(x, experts.up[0], e)
-        if experts.gate is None:
-            hidden = activation(hidden)
-        else:
-            hidden = activation(linear(x, experts.gate, e)) * hidden
-        y = y + gates[..., e : e + 1] * linear(hidden, experts.down, e)
-    return y
 
 
 def dense_twin(model: TransformerSpec) -> TransformerSpec:

@@ -166,8 +166,6 @@ def _bench_moe(model: str, run: "RunSpec", against: str | None, rounds: int, as_
             "dense": "dense of equal active size",
             "every_expert": "every expert on every token",
             "torch": "PyTorch, a loop over experts",
-            "layer": "one layer of experts",
-            "plain_layer": "the layer written plainly",
         }
         rows = {f"{names[name]}, tokens/s": (x, ",.0f") for name, x in result.speeds.items()}
         rows |= {f"experts / {names[name]}": (x, ".2f") for name, x in result.ratios.items()}
