@@ -10,7 +10,7 @@ import pytest
 
 from assay.errors import AssayError
 from assay.plan.compiled import collectives, compile_step
-from assay.plan.memory import training_memory
+from assay.plan.memory import serving_memory, training_memory
 from assay.plan.planner import make_plan, meshes, search
 from assay.plan.roofline import predict
 from assay.plan.topology import parse_topology, with_price
@@ -56,6 +56,36 @@ def test_the_state_is_shared_by_fsdp_tensor_and_expert():
     assert memory.optimizer == 2 * memory.parameters
     whole = training_memory(on(LLAMA, data=64), "block")
     assert whole.parameters == pytest.approx(4 * count)
+
+
+def test_the_cache_by_batch_length_and_axis():
+    """Llama 3 8B: 32 layers x 2 x 8 kv heads x 128, in bfloat16, a token."""
+    token = 32 * 2 * 8 * 128 * 2
+    whole = serving_memory(LLAMA, 0)
+    assert (whole.kv_per_token, whole.kv_per_sequence) == (token, 4096 * token)
+    assert whole.kv_cache == 64 * 4096 * token
+    count = parameters(LLAMA.model).total
+    split = serving_memory(on(LLAMA, fsdp=16, tensor=4), 95e9)
+    assert split.parameters == pytest.approx(2 * count / 64)
+    assert split.kv_cache == 4 * 4096 * token / 4  # 4 rows, 2 of 8 kv heads
+    assert split.sequences == 16 * int((95e9 - split.parameters) // (4096 * token / 4))
+    longer = serving_memory(LLAMA.changed({"data.seq_len": 8192, "data.batch_size": 32}), 0)
+    assert longer.kv_cache == whole.kv_cache
+    # 15 kv heads on 4 devices: one has 4 of them.
+    heads = {"attention.heads": 15, "attention.kv_heads": 15}
+    uneven = LLAMA.changed(
+        {"model.d_model": 1920, **{f"model.decoder.pattern.*.{k}": v for k, v in heads.items()}}
+    )
+    ratio = serving_memory(on(uneven, tensor=4), 0).kv_cache / serving_memory(uneven, 0).kv_cache
+    assert ratio == pytest.approx(4 / 15)
+
+
+def test_the_cache_of_a_source_is_counted():
+    run = presets.get("t5-small").run
+    serving = serving_memory(run, 0)
+    assert serving.kv_per_sequence == serving.kv_per_token * (
+        run.data.seq_len + run.data.room_for_source
+    )
 
 
 def test_collectives_by_hand():

@@ -31,6 +31,8 @@ def test_chips_carry_the_efficiency_of_their_rows():
         ("Mixtral 8x7B", 46.70),
         ("Mistral 7B", 7.24),
         ("16B", 15.8),
+        ("22B", 22.1),
+        ("52B", 52.3),
         ("32B", 31.7),
         ("64B", 62.8),
         ("128B", 125.0),

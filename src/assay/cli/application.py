@@ -102,7 +102,9 @@ def mesh_of(text: str | None) -> dict[str, Any] | None:
         name, equals, size = part.partition("=")
         if not equals or not size.isdigit():
             raise AssayError(f"--mesh {text}: expected AXIS=DEVICES, as in data=2,tensor=4.")
-        axes[name.strip()] = int(size)
+        if (name := name.strip()) in axes:
+            raise AssayError(f"--mesh {text}: names the axis '{name}' twice.")
+        axes[name] = int(size)
     return axes
 
 

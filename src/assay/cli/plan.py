@@ -68,9 +68,7 @@ def plan(
                 f"plan: no mesh of {machine.name} holds {model} at {run.data.batch_size} x "
                 f"{run.data.seq_len} tokens an update; take more chips or a smaller batch."
             )
-        best, others = plans[0], plans[1:]
-        if compile:
-            best = planner.make_plan(best.run, machine, best.run.compute.remat, compile=True)
+        best, others = planner.confirmed(plans) if compile else (plans[0], plans[1:])
     else:
         best, others = planner.make_plan(run, machine, remat, compile=compile), []
     if not as_json:
@@ -100,6 +98,8 @@ def _print(model: str, plan, others) -> None:
     table.add_row("in all", _size(data["bytes_per_device"]))
     table.add_row("there is", _size(chip.memory))
     console.print(table)
+    if data["serving"]["kv_bytes_per_token"]:
+        _print_serving(data, plan.topology)
     console.print("\n[italic]time of an update, by roofline[/]")
     table = Table(box=None, show_header=False)
     table.add_column("what", style="bold")
@@ -140,6 +140,22 @@ def _print(model: str, plan, others) -> None:
                 f"{row['predicted_mfu']:.1%}",
             )
         console.print(table)
+
+
+def _print_serving(data: dict, topology) -> None:
+    serving, console = data["serving"], out()
+    console.print("\n[italic]memory a device to decode the same batch, estimated[/]")
+    table = Table(box=None, show_header=False)
+    table.add_column("what", style="bold")
+    table.add_column("GiB", justify="right")
+    table.add_row(f"parameters, {data['dtype']}", _size(serving["parameters"]))
+    table.add_row(f"KV cache, {data['batch_size']} sequences", _size(serving["kv_cache"]))
+    console.print(table)
+    console.print(
+        f"KV cache: {serving['kv_bytes_per_token']:,} bytes a token, "
+        f"{_size(serving['kv_bytes_per_sequence'])} a sequence of {data['seq_len']:,}; "
+        f"{topology.name} holds {serving['sequences_that_fit']:,} of them."
+    )
 
 
 def _size(size: float) -> str:

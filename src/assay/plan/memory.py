@@ -5,11 +5,17 @@ keeps between its forward and its backward pass, by remat policy, and what it ne
 moment: one block in full, and the logits.
 """
 
+import math
 from dataclasses import dataclass
 
 from assay.plan.work import blocks_of, expert_parameters, mesh_sizes, parameter_ways
-from assay.spec.accounting import BYTES, parameters
-from assay.spec.model import BlockSpec, MlpSpec, MoeSpec
+from assay.spec.accounting import (
+    BYTES,
+    kv_bytes_per_source_token,
+    kv_bytes_per_token,
+    parameters,
+)
+from assay.spec.model import BlockSpec, MlpSpec, MoeSpec, TransformerSpec
 from assay.spec.run import RunSpec
 from assay.train.loss import CHUNK, LARGE
 
@@ -65,6 +71,55 @@ def training_memory(run: RunSpec, recompute: str, *, flash: bool = True) -> Memo
         working=tokens * largest * width,
         logits=2 * _logits(run, tokens * vocabulary * 4) if spec.head is not None else 0,
     )
+
+
+@dataclass(frozen=True)
+class Serving:
+    """Bytes of decoding with the run's model, in the run's dtype, on the run's mesh.
+
+    Of a token, and of a sequence as long as the run's (with its source, where there is an
+    encoder), the keys and values of all layers are meant, wherever they lie. On a device are
+    those of its rows (data, fsdp and expert share the batch) and of its kv heads (tensor shares
+    them), beside its part of the parameters. `sequences` is how many sequences of that length all
+    devices hold together.
+    """
+
+    parameters: float
+    kv_per_token: int
+    kv_per_sequence: int
+    kv_cache: float
+    sequences: int
+
+    @property
+    def total(self) -> float:
+        """Bytes a device, with the run's batch."""
+        return self.parameters + self.kv_cache
+
+
+def serving_memory(run: RunSpec, room: float) -> Serving:
+    """What one device of `room` bytes holds while the model decodes the run's batch."""
+    spec, data, dtype = run.model, run.data, run.compute.dtype
+    token = kv_bytes_per_token(spec, dtype)
+    source = kv_bytes_per_source_token(spec, dtype) * (data.room_for_source or data.seq_len)
+    sequence, shards = token * data.seq_len + source, run.mesh.batch_shards
+    on_device = _largest_share(spec, run.mesh.tensor) * sequence
+    parts = BYTES[dtype] * parameters(spec).total / parameter_ways(run)
+    left = max(0.0, room - parts)
+    return Serving(
+        parameters=parts,
+        kv_per_token=token,
+        kv_per_sequence=sequence,
+        kv_cache=math.ceil(data.batch_size / shards) * on_device,
+        sequences=int(left // on_device) * shards if on_device else 0,
+    )
+
+
+def _largest_share(spec: TransformerSpec, tensor: int) -> float:
+    """The part of all keys and values that a device has which has the most heads of each layer."""
+    attentions = [a for block in blocks_of(spec) for a in (block.attention, block.cross) if a]
+    widths = [(a.num_kv_heads, a.width(spec.d_model)) for a in attentions]
+    whole = sum(heads * width for heads, width in widths)
+    return sum(-(-heads // tensor) * width for heads, width in widths) / max(whole, 1)
 
 
 def _logits(run: RunSpec, size: float) -> float:

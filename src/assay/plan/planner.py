@@ -6,11 +6,12 @@ machine itself where its compiler is here (`compiled`), and a roofline for the t
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import product
 from typing import Any
 
 from assay.errors import AssayError, did_you_mean
 from assay.plan.compiled import Compiled, DoesNotFitError, can_compile, compile_step
-from assay.plan.memory import Memory, training_memory
+from assay.plan.memory import Memory, Serving, serving_memory, training_memory
 from assay.plan.roofline import Speed, predict
 from assay.plan.topology import Topology
 from assay.plan.work import collective_bytes, global_flops, mesh_sizes
@@ -45,6 +46,7 @@ class Plan:
     run: RunSpec
     topology: Topology
     memory: Memory
+    serving: Serving
     compiled: Compiled | None
     refused: DoesNotFitError | None
     speed: Speed
@@ -61,7 +63,12 @@ class Plan:
     def fits(self) -> bool:
         if self.refused is not None:
             return False
-        return self.bytes_per_device <= USABLE * self.topology.chip.memory
+        return self.bytes_per_device <= self.room
+
+    @property
+    def room(self) -> float:
+        """Bytes of a device that a program may have."""
+        return USABLE * self.topology.chip.memory
 
     def as_json(self) -> dict[str, Any]:
         """The fields that scripts read."""
@@ -80,6 +87,15 @@ class Plan:
             "bytes_per_device": round(self.bytes_per_device),
             "memory_per_device": self.topology.chip.memory,
             "breakdown": {name: round(size) for name, size in asdict(self.memory).items()},
+            "serving": {
+                "parameters": round(self.serving.parameters),
+                "kv_bytes_per_token": self.serving.kv_per_token,
+                "kv_bytes_per_sequence": self.serving.kv_per_sequence,
+                "kv_cache": round(self.serving.kv_cache),
+                "bytes_per_device": round(self.serving.total),
+                "fits": self.serving.total <= self.room,
+                "sequences_that_fit": self.serving.sequences,
+            },
             "flops_per_step": global_flops(self.run),
             "collective_bytes_per_step": {axis: round(size) for axis, size in self._sent().items()},
             "predicted_step_seconds": self.speed.step_seconds,
@@ -156,6 +172,7 @@ def _plan(run: RunSpec, topology: Topology, compile: bool) -> Plan:
         run=run,
         topology=topology,
         memory=training_memory(run, policy, flash=flash),
+        serving=serving_memory(run, USABLE * topology.chip.memory),
         compiled=compiled,
         refused=refused,
         speed=predict(run, topology, policy, flash=flash),
@@ -189,24 +206,34 @@ def for_target(run: RunSpec, topology: Topology) -> RunSpec:
 def search(run: RunSpec, topology: Topology, *, most: int = 8) -> list[Plan]:
     """The fastest plans that fit, by estimate: every mesh of the devices, and remat policy.
 
-    The batch is the run's; where nothing fits, gradient accumulation is tried too.
+    The batch is the run's; where it does not fit at once, it goes in up to 8 parts, summed up.
     """
     plans, run = [], for_target(run, topology)
-    for mesh in meshes(topology.devices):
-        for accumulate in (1, 2, 4, 8):
+    for mesh, policy in product(meshes(topology.devices), AUTO):
+        for accumulate in (1, 2, 4, 8):  # more parts than it takes to fit are never faster
             try:
                 candidate = run.replace(mesh=mesh, train=run.train.replace(accumulate=accumulate))
             except AssayError:
                 continue
-            fitting = [
-                plan
-                for policy in AUTO
-                if (plan := _plan(candidate.at("compute.remat", policy), topology, False)).fits
-            ]
-            plans += fitting
-            if fitting:
+            plan = _plan(candidate.at("compute.remat", policy), topology, False)
+            if plan.fits:
+                plans.append(plan)
                 break
     return sorted(plans, key=lambda plan: plan.speed.step_seconds)[:most]
+
+
+def confirmed(plans: list[Plan]) -> tuple[Plan, list[Plan]]:
+    """The first of estimated plans that the compiler says fits, compiled; and all others.
+
+    Where there is no compiler for the machine the first is taken as it is. At most three are
+    compiled; if none of them fits, the first of them is returned with the compiler's answer.
+    """
+    tried = []
+    for number, plan in enumerate(plans[:3]):
+        tried.append(_plan(plan.run, plan.topology, True))
+        if tried[-1].fits:
+            return tried[-1], plans[:number] + plans[number + 1 :]
+    return tried[0], plans[1:]
 
 
 def meshes(devices: int) -> Iterator[MeshSpec]:

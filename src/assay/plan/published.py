@@ -30,6 +30,7 @@ from assay.spec.run import ComputeSpec, DataSpec, MeshSpec, RunSpec, TrainSpec
 
 MAXTEXT = "MaxText, docs/reference/models/tiering.md"
 MAXTEXT_V5P = "MaxText, configs/v5p/README.md and its scripts"
+MAXTEXT_V4 = "MaxText, configs/v4/README.md and its scripts"
 MAXTEXT_V5E = "MaxText, configs/v5e/README.md and its scripts"
 RECIPES = "AI-Hypercomputer/tpu-recipes, training/trillium"
 TITAN = "torchtitan, benchmarks/llama3_h100_202412_torchtitan.md"
@@ -93,6 +94,21 @@ def llama(layers, d, heads, kv, hidden, vocab, context, *, experts: int = 0) -> 
     )
 
 
+def plain(layers, d, heads, hidden) -> TransformerSpec:
+    """MaxText's first models: heads of 256, no gate in the feed-forward, as their sizes say."""
+    block = BlockSpec(
+        attention=AttentionSpec(heads=heads, head_dim=256, positions=Rope()),
+        feed_forward=MlpSpec(hidden=hidden, activation="relu"),
+    )
+    return TransformerSpec(
+        vocab_size=32000,
+        d_model=d,
+        context=2048,
+        decoder=StackSpec(pattern=(block,), num_layers=layers, final_norm=RmsNorm()),
+        head=HeadSpec(tied=False),
+    )
+
+
 def gpt(layers, d, heads, context, vocab=50304) -> TransformerSpec:
     """A GPT-2- or MPT-shaped decoder: plain feed-forward of 4 d, tied head."""
     block = BlockSpec(
@@ -119,6 +135,8 @@ SCALE_16 = llama(32, 4096, 64, 64, 28672, 32000, 2048)
 SCALE_32 = llama(32, 8192, 64, 64, 28672, 32000, 2048)
 SCALE_64 = llama(64, 8192, 64, 64, 28672, 32000, 2048)
 SCALE_128 = llama(64, 8192, 128, 128, 57344, 32000, 2048)
+PLAIN_22 = plain(48, 6144, 24, 24576)
+PLAIN_52 = plain(32, 12288, 32, 49152)
 
 MPT = {  # layers, d, heads
     "125m": (12, 768, 12),
@@ -169,6 +187,9 @@ def _foundry(size, gpu, devices, seq_len, batch, accumulate, remat, tokens) -> R
 V6E_POD, FSDP_256, FSDP_64 = "v6e:16x16", MeshSpec(fsdp=256), MeshSpec(fsdp=64)
 
 ROWS = (
+    # ---- TPU v4
+    _scale("22B", PLAIN_22, "v4:4x4x4", 1, 13, "block", 156, MAXTEXT_V4),
+    _scale("52B", PLAIN_52, "v4:4x4x12", 1, 7, "block", 154, MAXTEXT_V4),
     # ---- TPU v5p
     Row("Llama 2 70B", LLAMA_2_70B, "v5p:8x8x8", MeshSpec(fsdp=512), 4, 4096, "mlp", 692, MAXTEXT),
     Row("Mixtral 8x7B", MIXTRAL, "v5p:4x8x8", MeshSpec(fsdp=256), 8, 4096, "mlp", 2909, MAXTEXT),
