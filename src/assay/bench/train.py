@@ -131,7 +131,10 @@ def bench_train(run: RunSpec, *, against: str | None = None, rounds: int = 5) ->
 def _why_not_within(limit: float, compiled: Callable[[], float]) -> str | None:
     """Compiles by one step; why that failed or took longer than `limit` seconds, else None."""
 
+    ended = []
+
     def late(*_):
+        ended.append(True)
         raise TimeoutError
 
     before = signal.signal(signal.SIGALRM, late)
@@ -139,9 +142,9 @@ def _why_not_within(limit: float, compiled: Callable[[], float]) -> str | None:
     try:
         compiled()
         return None
-    except TimeoutError:
-        return f"it did not compile within {limit:g} seconds"
     except Exception as error:  # whatever its compiler meets: there is then only eager to beat
+        if ended:  # the compiler may have wrapped what was raised in it
+            return f"it did not compile within {limit:g} seconds"
         message = next(filter(str.strip, str(error).splitlines()), "")
         return f"it did not compile ({type(error).__name__}: {message.strip()[:200]})"
     finally:
