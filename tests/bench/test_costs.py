@@ -85,7 +85,7 @@ def test_every_size_is_a_model():
 
 def test_a_preset_is_asked_for():
     done = subprocess.run(
-        [sys.executable, "-m", "assay", "bench", "loop"], capture_output=True, text=True
+        [sys.executable, "-m", "assay.cli", "bench", "loop"], capture_output=True, text=True
     )
     assert done.returncode == 2
     assert "name a preset" in done.stderr
