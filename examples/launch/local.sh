@@ -3,8 +3,9 @@
 #
 #   examples/launch/local.sh 2 nano --data python-docs --steps 100 --mesh data=2 --out runs/two
 #
-# SIGTERM or Ctrl-C reaches all of them: they save together and end. ASSAY names the command and
-# PORT where the processes meet.
+# SIGTERM or Ctrl-C reaches all of them: they save together and end. When one fails the others end
+# by themselves; what still stands GRACE seconds later (it hangs) is killed. ASSAY names the command
+# and PORT where the processes meet.
 set -uo pipefail
 
 n=${1:?usage: local.sh PROCESSES ARGUMENTS-OF-ASSAY-TRAIN}
@@ -20,12 +21,26 @@ done
 trap 'kill -TERM "${pids[@]}" 2>/dev/null' TERM INT
 
 status=0
-for pid in "${pids[@]}"; do
-  while true; do  # a signal ends `wait` before the process has ended
+left=("${pids[@]}")
+while ((${#left[@]})); do
+  wait -n "${left[@]}"  # or until a signal
+  standing=()
+  for pid in "${left[@]}"; do
+    if kill -0 "$pid" 2>/dev/null; then
+      standing+=("$pid")
+      continue
+    fi
     wait "$pid"
     code=$?
-    kill -0 "$pid" 2>/dev/null || break
+    if ((code && !status && n > 1)); then
+      echo "local.sh: a process ended with status $code, so the run ends." \
+        "Start all of them again with --resume: they go on from the newest checkpoint." >&2
+      (sleep "${GRACE:-45}"; kill -KILL "${pids[@]}") &> /dev/null &
+      killer=$!
+    fi
+    ((code > status)) && status=$code
   done
-  ((code > status)) && status=$code
+  left=("${standing[@]}")
 done
+[[ -n ${killer:-} ]] && kill "$killer" 2>/dev/null
 exit "$status"

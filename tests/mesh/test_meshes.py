@@ -17,9 +17,10 @@ from assay.model.collectives import collectives, counted
 from assay.model.sharding import make_mesh, parameter_shardings, use_mesh
 from assay.model.transformer import abstract
 from assay.spec import presets
+from assay.spec.model import TransformerSpec
 from assay.spec.run import MeshSpec
 from assay.train.step import initial_state, state_shardings
-from tests.mesh.conftest import assert_same, legal_meshes, run_of, small, trained
+from tests.mesh.conftest import QUICK, assert_same, legal_meshes, run_of, small, trained, wide
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "collectives.json").read_text())
 
@@ -36,6 +37,7 @@ COVER = [
     ("gpt2", {"fsdp": 8}),
     ("gpt2", {"data": 2, "fsdp": 2, "tensor": 2}),
     ("llama-3-8b", {"data": 4, "tensor": 2}),
+    ("charformer", {"data": 2, "tensor": 4}),
     ("mixtral-8x7b", {"expert": 8}),
     ("mixtral-8x7b", {"fsdp": 2, "expert": 2, "tensor": 2}),
     ("tiny-moe", {"data": 2, "expert": 2, "tensor": 2}),
@@ -67,14 +69,27 @@ def test_a_mesh_changes_no_gradient_and_no_loss(name, mesh):
         assert any(c.kind == "all-to-all" for c in collectives(program))
 
 
+@cache
+def on_mesh(model: TransformerSpec, mesh: MeshSpec) -> tuple[float, float]:
+    """How far gradient and losses are from one device's; presets that shrink alike are one."""
+    return assert_same(trained(run_of(model, mesh), options=QUICK), on_one_device(model))
+
+
+@cache
+def on_one_device(model: TransformerSpec):
+    return trained(run_of(model, MeshSpec()), options=QUICK)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", presets.PRESETS)
 def test_every_preset_trains_on_every_legal_mesh(name):
-    model = small(name)
+    """Prints a row of docs/meshes.md for each mesh (pytest -s)."""
+    model = wide(name)
     meshes = legal_meshes(model)
     assert meshes
     for mesh in meshes:
-        assert_same(trained(run_of(model, mesh)), alone(name))
+        gradient, loss = on_mesh(model, mesh)
+        print(f"\n| {name} | {mesh_name(mesh)} | {gradient:.1e} | {loss:.1e} |", flush=True)
 
 
 @pytest.mark.parametrize("scan_layers", [False, True])

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -75,18 +76,31 @@ def losses(out: Path) -> dict[int, float]:
     return {line["step"]: line["loss"] for line in lines(out)}
 
 
+def score_of(out: Path) -> float:
+    """The newest held-out loss."""
+    written = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+    return [line["val_loss"] for line in written if "val_loss" in line][-1]
+
+
 def children(launcher: subprocess.Popen) -> list[int]:
     listed = subprocess.run(["pgrep", "-P", str(launcher.pid)], capture_output=True, text=True)
     return sorted(map(int, listed.stdout.split()))
 
 
 def test_processes_train_as_one_and_go_on_in_another_number(corpus, tmp_path):
-    """Two processes of two devices; then one process of four; then one device."""
+    """Two processes of two devices; then four of one; then one device of this process.
+
+    The held-out score is each time that of the one process, whoever read which rows.
+    """
     every = {"train.budget.amount": 30, "train.log_every": 1}
     run = presets.get("tiny-gpt").run.changed(
         SMALL | every | {"data.sources": [{"corpus": str(corpus)}]}
     )
-    train(run, tmp_path / "one")
+    train(run, tmp_path / "one", stop_at=10)
+    scores = [score_of(tmp_path / "one")]
+    train(run, tmp_path / "one", resume=True, stop_at=20)
+    scores += [score_of(tmp_path / "one")]
+    train(run, tmp_path / "one", resume=True)
     expected = losses(tmp_path / "one")
     out = tmp_path / "several"
     mesh = ["--mesh", "data=2,fsdp=2", "--stop-at", "10", "--json", "--out", str(out)]
@@ -96,9 +110,15 @@ def test_processes_train_as_one_and_go_on_in_another_number(corpus, tmp_path):
     (result,) = results(output)  # of the first process, and of no other
     assert errors.count("Compiling for") == 1
     assert (result["steps"], result["stopped_by"]) == (10, "stop-at")
+    assert result["val_loss"] == pytest.approx(scores[0], rel=1e-5)
     held = read_run(out)
     assert held.mesh == MeshSpec(data=2, fsdp=2)
-    train(held.replace(mesh=MeshSpec(fsdp=2, tensor=2)), out, resume=True, stop_at=20)
+    again = ["--resume", "--out", str(out), "--mesh", "fsdp=2,tensor=2", "--stop-at", "20"]
+    launched = start(4, [*again, "--json"])
+    output, errors = launched.communicate(timeout=400)
+    assert launched.returncode == 0, errors
+    (result,) = results(output)
+    assert result["val_loss"] == pytest.approx(scores[1], rel=1e-4)
     train(held.replace(mesh=MeshSpec()), out, resume=True)
     found = losses(out)
     assert found.keys() == expected.keys() == set(range(1, 31))
@@ -138,19 +158,132 @@ def test_one_that_dies_ends_all_and_a_restart_goes_on(corpus, tmp_path):
     assert steps == sorted(set(steps))
 
 
-def test_slurms_variables_are_enough(corpus, tmp_path):
-    """As `srun` sets them, for a job of one process."""
-    slurm = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_NODELIST": "127.0.0.1"}
-    slurm |= {"SLURM_NTASKS": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
-    code = (
-        "from assay.train.processes import join, rank; join('auto'); import jax;"
-        "from jax._src.distributed import global_state as s; print(rank(), s.coordinator_address)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | slurm, capture_output=True, text=True
-    )
-    assert done.stdout.split()[0] == "0", done.stderr
-    assert done.stdout.split()[1].startswith("127.0.0.1:")
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("which", "sent"), [(0, signal.SIGKILL), (1, signal.SIGSTOP)], ids=["first-dies", "one-hangs"]
+)
+def test_the_first_dies_or_one_hangs(corpus, tmp_path, which, sent):
+    """The others know within the heartbeat, and the launcher ends what hangs."""
+    out = tmp_path / "out"
+    every = {"train.budget.amount": 100_000, "train.checkpoint_every": 5}
+    launched = start(2, [*flags(corpus, **every), "--mesh", "data=2", "--out", str(out)])
+    until((out / "checkpoints" / "10").is_dir, 400, launched)
+    both = children(launched)
+    os.kill(both[which], sent)
+    began = time.monotonic()
+    until(lambda: not Path(f"/proc/{both[1 - which]}").exists(), processes.HEARTBEAT + 30, launched)
+    noticed = time.monotonic() - began
+    _, errors = launched.communicate(timeout=60)
+    print(f"\n{signal.Signals(sent).name} to process {which}: the other ended after "
+          f"{noticed:.1f} s, the launcher after {time.monotonic() - began:.1f} s")  # fmt: skip
+    assert launched.returncode != 0
+    assert "another process of the run was lost" in errors or "another task died" in errors
+    assert "Start all of them again with --resume" in errors
+    assert not Path(f"/proc/{both[which]}").exists()
+    # ---- a restart goes on
+    reached = max(int(p.name) for p in (out / "checkpoints").iterdir() if p.name.isdigit())
+    launched = start(2, ["--resume", "--out", str(out), "--stop-at", str(reached + 2)])
+    _, errors = launched.communicate(timeout=400)
+    assert launched.returncode == 0, errors
+    assert max(losses(out)) == reached + 2 or (out / "checkpoints" / str(reached + 2)).is_dir()
+
+
+def slurm(index: int, port: int) -> dict[str, str]:
+    """As `srun` sets them in a job of two tasks."""
+    return {
+        "SLURM_JOB_ID": str(os.getpid()),
+        "SLURM_STEP_NODELIST": "127.0.0.1",
+        "SLURM_NTASKS": "2",
+        "SLURM_PROCID": str(index),
+        "SLURM_LOCALID": "0",
+        "JAX_COORDINATOR_PORT": str(port),
+    }
+
+
+def open_mpi(index: int, port: int) -> dict[str, str]:
+    """As `mpirun` of Open MPI 4 sets them."""
+    return {
+        "OMPI_MCA_orte_hnp_uri": "1.0;tcp://127.0.0.1:34911",
+        "OMPI_COMM_WORLD_SIZE": "2",
+        "OMPI_COMM_WORLD_RANK": str(index),
+        "OMPI_COMM_WORLD_LOCAL_RANK": "0",
+        "JAX_COORDINATOR_PORT": str(port),
+    }
+
+
+def tpu_on_kubernetes(index: int, port: int) -> dict[str, str]:
+    """As GKE sets them in the pods of a TPU slice."""
+    return {
+        "TPU_WORKER_ID": str(index),
+        "TPU_WORKER_HOSTNAMES": "localhost,localhost",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "JAX_COORDINATOR_PORT": str(port),
+    }
+
+
+def tpu_metadata(index: int, port: int) -> dict[str, str]:
+    """Where the metadata server says who is who; `METADATA` stands for it in `JOINS`."""
+    told = {
+        "agent-worker-number": str(index),
+        "worker-network-endpoints": "unknown:8470:127.0.0.1,unknown:8470:127.0.0.1",
+        "tpu-env": "WORKER_ID: '0'",
+    }
+    return {"METADATA": json.dumps(told), "JAX_COORDINATOR_PORT": str(port)}
+
+
+def jobset(index: int, port: int) -> dict[str, str]:
+    """What the JobSet of `examples/launch` gives pod `index`, but for its size and DNS name."""
+    job = yaml.safe_load((LAUNCH / "jobset.yaml").read_text())
+    (replicated,) = job["spec"]["replicatedJobs"]
+    (container,) = replicated["template"]["spec"]["template"]["spec"]["containers"]
+    variables = {entry["name"]: entry.get("value", str(index)) for entry in container["env"]}
+    return variables | {
+        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+        "JAX_NUM_PROCESSES": "2",
+    }
+
+
+JOINS = """
+import json, os, sys
+from jax._src.clusters import cloud_tpu_cluster as tpu
+if "METADATA" in os.environ:
+    told = json.loads(os.environ["METADATA"])
+    tpu.get_metadata = lambda key: (told[key], 200)
+if "METADATA" in os.environ or "TPU_WORKER_ID" in os.environ:
+    tpu.running_in_cloud_tpu_vm = True
+from assay.train.processes import is_first, join
+join(*sys.argv[1:])
+import jax
+print(jax.process_index(), jax.process_count(), jax.device_count(), is_first())
+"""
+
+
+@pytest.mark.parametrize(
+    ("told", "arguments"),
+    [
+        pytest.param(slurm, ["auto"], id="slurm"),
+        pytest.param(tpu_metadata, ["auto"], id="tpu-metadata"),
+        pytest.param(jobset, [], id="jobset"),
+        pytest.param(tpu_on_kubernetes, ["auto"], id="gke", marks=pytest.mark.slow),
+        pytest.param(open_mpi, ["auto"], id="open-mpi", marks=pytest.mark.slow),
+    ],
+)
+def test_two_processes_find_each_other(told, arguments):
+    """By what each launcher tells them, on this machine's address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", JOINS, *arguments],
+            env=os.environ | told(index, port) | {"XLA_FLAGS": ""},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for index in range(2)
+    ]  # fmt: skip
+    for index, process in enumerate(both):
+        output, errors = process.communicate(timeout=300)
+        assert output.split() == [str(index), "2", "2", str(index == 0)], errors
 
 
 @pytest.mark.parametrize(
@@ -189,6 +322,13 @@ def test_each_process_reads_only_its_rows(corpus):
         part = next(batches)
     assert {name: x.shape[0] for name, x in part.items()} == dict.fromkeys(part, 4)
     np.testing.assert_array_equal(part["tokens"], whole["tokens"][[2, 3, 6, 7]])
+    # ---- of the held-out text too
+    whole = [*loader.evaluation_batches(prepared, 8)]
+    part = [*loader.evaluation_batches(prepared, 8, rows=[2, 3, 6, 7])]
+    assert len(part) == len(whole)
+    for ours, all_rows in zip(part, whole, strict=True):
+        for name, array in ours.items():
+            np.testing.assert_array_equal(array, all_rows[name][[2, 3, 6, 7]])
 
 
 # ---------------------------------------------------------------------------- files to launch it

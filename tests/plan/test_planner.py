@@ -11,7 +11,7 @@ import pytest
 from assay.errors import AssayError
 from assay.plan.compiled import collectives, compile_step
 from assay.plan.memory import serving_memory, training_memory
-from assay.plan.planner import make_plan, meshes, search
+from assay.plan.planner import confirmed, make_plan, meshes, search
 from assay.plan.roofline import predict
 from assay.plan.topology import parse_topology, with_price
 from assay.plan.work import collective_bytes, step_work
@@ -139,6 +139,14 @@ def test_search_proposes_what_fits_fastest_first():
     assert seconds == sorted(seconds)
 
 
+def test_search_takes_parts_where_they_allow_to_recompute_less():
+    """On 8 H100 64 x 8,192 tokens at once fit only with whole blocks done again."""
+    plans = search(LLAMA.at("data.seq_len", 8192), parse_topology("h100:8"))
+    kinds = {(plan.run.compute.remat, plan.run.train.accumulate) for plan in plans}
+    assert any(parts > 1 and remat != "block" for remat, parts in kinds)
+    assert confirmed(plans) == (plans[0], plans[1:])  # there is no compiler for GPUs here
+
+
 def test_every_mesh_is_tried_once():
     found = [mesh.model_dump_json() for mesh in meshes(8)]
     assert len(found) == len(set(found))
@@ -209,6 +217,32 @@ def test_the_compiler_says_what_does_not_fit():
     plan = make_plan(run, parse_topology("v5e:1x1"), "none", compile=True)
     assert not plan.fits
     assert plan.bytes_per_device > plan.topology.chip.memory
+
+
+@pytest.mark.slow
+def test_what_offloading_and_chunks_save_on_a_tpu():
+    """By the TPU's compiler, on a mesh: the statistics leave the device, and so do the logits."""
+    topology = parse_topology("v5e:2x2")
+    run = on(SMALL, fsdp=2, tensor=2).changed(
+        {"model.vocab_size": 32_768, "data.batch_size": 16, "data.seq_len": 1024}
+    )
+    run = run.at("compute.scan_layers", True).at("compute.remat", "block")
+    whole = compile_step(run.at("compute.loss_chunk", 0), topology)
+    chunked = compile_step(run.at("compute.loss_chunk", 256), topology)
+    host = compile_step(
+        run.changed({"compute.loss_chunk": 256, "compute.offload_optimizer": True}), topology
+    )
+    logits = 4 * 16 * 1024 // 2 * 32_768 // 2
+    statistics = 2 * 4 * parameters(run.model).total / 4
+    print(
+        f"\nlogits {logits / 2**20:.0f} MiB a device; temporaries {whole.temporaries / 2**20:.0f} "
+        f"MiB whole, {chunked.temporaries / 2**20:.0f} in chunks; statistics "
+        f"{statistics / 2**20:.0f} MiB; arguments {chunked.arguments / 2**20:.0f} MiB, "
+        f"{host.arguments / 2**20:.0f} offloaded, all that is held "
+        f"{chunked.bytes_per_device / 2**20:.0f} and {host.bytes_per_device / 2**20:.0f}"
+    )
+    assert chunked.temporaries < whole.temporaries - logits / 2
+    assert host.arguments < chunked.arguments - 0.9 * statistics
 
 
 def test_a_topology_that_the_compiler_does_not_know():

@@ -750,6 +750,7 @@ class Evaluation:
     seq_len: int
     stride: int
     packed: bool
+    rows: tuple[int, ...] | None = None
 
     @property
     def bytes(self) -> int | None:
@@ -807,6 +808,7 @@ class Evaluation:
             yield self._batch(rows + [(rows[0][0], [], 0)] * (self.batch_size - len(rows)))
 
     def _batch(self, rows: list[tuple[Tokens, list[tuple[int, int]], int]]) -> Batch:
+        rows = rows if self.rows is None else [rows[i] for i in self.rows]
         batch = _batch(
             [(part, spans) for part, spans, _ in rows],
             self.seq_len,
@@ -828,6 +830,7 @@ class PairEvaluation:
 
     pairs: tuple[PairTokens, ...]
     batch_size: int
+    rows: tuple[int, ...] | None = None
 
     unscored = 0  # the start token stands before each target
 
@@ -862,6 +865,7 @@ class PairEvaluation:
         for start in range(0, len(rows), self.batch_size):
             chosen = rows[start : start + self.batch_size]
             chosen += [(chosen[0][0], None)] * (self.batch_size - len(chosen))
+            chosen = chosen if self.rows is None else [chosen[i] for i in self.rows]
             batch = _pair_batch(chosen, seq_len, source_len)
             batch["weights"] = (batch["weights"] > 0).astype(np.float32)
             yield batch
@@ -874,10 +878,12 @@ def evaluation_batches(
     stride: int | None = None,
     packing: str | None = None,
     part: str = "held_out",
+    rows: Sequence[int] | None = None,
 ) -> Evaluation | PairEvaluation:
     """The held-out parts (or any), every token predicted exactly once, in order.
 
-    `part` names those of prepared data: held_out or validation.
+    `part` names those of prepared data: held_out or validation. Of each batch's rows only `rows`
+    are read, those that this process needs (all by default).
 
     Stream packing: windows of `seq_len` that start every `stride` (by default they do not
     overlap); of a window that overlaps the one before only the new targets have weight. Documents
@@ -890,9 +896,9 @@ def evaluation_batches(
     if isinstance(data, Prepared):
         seq_len, packing = seq_len or data.spec.seq_len, packing or data.spec.packing
         data = data.validation if part == "validation" else data.held_out
-    data = tuple(data)
+    data, rows = tuple(data), None if rows is None else tuple(rows)
     if packing == "pairs":
-        return PairEvaluation(data, batch_size)
+        return PairEvaluation(data, batch_size, rows)
     if seq_len is None:
         raise AssayError("evaluation: seq_len is required where only tokens are given.")
     packed = packing == "documents"
@@ -902,4 +908,4 @@ def evaluation_batches(
             f"stride: found {stride}; legal are 1 to seq_len ({seq_len}), and seq_len alone "
             f"where documents are packed."
         )
-    return Evaluation(data, batch_size, seq_len, stride, packed)
+    return Evaluation(data, batch_size, seq_len, stride, packed, rows)

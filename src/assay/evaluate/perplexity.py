@@ -21,7 +21,7 @@ from typing import Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float32
+from jaxtyping import Array, Float32, Int32
 
 from assay.errors import AssayError
 from assay.model.loss import token_losses
@@ -82,13 +82,19 @@ class Evaluation:
 
 
 def evaluate(
-    model: Transformer, batches: ScoredBatches, losses: Callable | None = None
+    model: Transformer,
+    batches: ScoredBatches,
+    losses: Callable | None = None,
+    place: Callable[[Mapping[str, np.ndarray]], Mapping[str, Array]] = dict,
 ) -> Evaluation:
     """The model's figures over all batches, computed in the dtype that the model computes in.
 
-    `losses` is `row_losses`, or what it was compiled to for this model and these batches. Losses
-    are float32, and so is their sum over a row; all beyond a row is summed in float64 on the host,
-    one batch behind the device.
+    `losses` is `row_losses`, or what it was compiled to for this model and these batches. `place`
+    puts a batch on the devices of a mesh; where several processes each read some of its rows, it
+    makes one batch of theirs.
+
+    Losses are float32, and so is their sum over a row; all beyond a row is summed in float64 on
+    the host, one batch behind the device.
 
     Raises:
         AssayError: if there is no token to score, or if learned positions end before a window.
@@ -98,10 +104,9 @@ def evaluate(
     nats, scored, pending = 0.0, 0, None
     losses = losses or row_losses
     for batch in batches:
-        scored += int((batch["weights"] > 0).sum())
-        rows = losses(model, dict(batch))
-        nats, pending = nats + _total(pending), rows
-    nats += _total(pending)
+        rows = losses(model, dict(place(batch)))
+        (nats, scored), pending = _add(nats, scored, pending), rows
+    nats, scored = _add(nats, scored, pending)
     unscored, unknown = batches.unscored, sum(part.unknown for part in batches.parts)
     tokens = scored + unscored
     if not tokens:
@@ -138,8 +143,10 @@ def _check_positions(model: Transformer, batches: ScoredBatches) -> None:
 
 
 @jax.jit
-def row_losses(model: Transformer, batch: dict[str, Array]) -> Float32[Array, "b"]:
-    """Nats of the weighted targets of each row. `batch` as `ScoredBatches` says."""
+def row_losses(
+    model: Transformer, batch: dict[str, Array]
+) -> tuple[Float32[Array, "b"], Int32[Array, "b"]]:
+    """(nats, number) of the weighted targets of each row. `batch` as `ScoredBatches` says."""
     logits = model(
         batch["tokens"],
         source=batch.get("source"),
@@ -147,12 +154,16 @@ def row_losses(model: Transformer, batch: dict[str, Array]) -> Float32[Array, "b
         positions=batch.get("positions"),
         segment_ids=batch.get("segment_ids"),
     )
-    rows = jnp.sum(token_losses(logits, batch["targets"]) * batch["weights"], axis=-1)
-    return constrain(rows, None)  # every process reads them
+    nats = jnp.sum(token_losses(logits, batch["targets"]) * batch["weights"], axis=-1)
+    scored = jnp.sum(batch["weights"] > 0, axis=-1, dtype=jnp.int32)
+    return constrain(nats, None), constrain(scored, None)  # every process reads them
 
 
-def _total(rows: Array | None) -> float:
-    return 0.0 if rows is None else float(np.asarray(rows, np.float64).sum())
+def _add(nats: float, scored: int, rows: tuple[Array, Array] | None) -> tuple[float, int]:
+    if rows is None:
+        return nats, scored
+    losses, numbers = map(np.asarray, rows)
+    return nats + float(losses.astype(np.float64).sum()), scored + int(numbers.sum())
 
 
 def _exp(loss: float) -> float:

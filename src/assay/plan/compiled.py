@@ -91,7 +91,12 @@ def compile_step(run: RunSpec, topology: Topology) -> Compiled:
         with use_mesh(mesh):
             model = abstract(run.model, run.compute)
             state = jax.eval_shape(lambda: initial_state(run))
-            places = state_shardings(state, parameter_shardings(model, mesh), mesh)
+            places = state_shardings(
+                state,
+                parameter_shardings(model, mesh),
+                mesh,
+                offload=run.compute.offload_optimizer,
+            )
             rows = jax.sharding.NamedSharding(mesh, partition(("batch", None)))
             shape = (run.data.batch_size, run.data.seq_len)
             names = ("tokens", "targets") + (("source",) if run.model.encoder else ())

@@ -44,7 +44,7 @@ def training_memory(run: RunSpec, recompute: str, *, flash: bool = True) -> Memo
     """What one device holds; `recompute` as in `plan/work.py`."""
     spec, mesh, width = run.model, mesh_sizes(run.mesh), BYTES[run.compute.dtype]
     total = parameters(spec).total
-    held = total / parameter_ways(run)
+    held, offloaded = total / parameter_ways(run), run.compute.offload_optimizer
     rows = run.data.batch_size / run.mesh.batch_shards / run.train.accumulate
     tokens, tensor = rows * run.data.seq_len, mesh["tensor"]
     blocks = blocks_of(spec)
@@ -63,7 +63,7 @@ def training_memory(run: RunSpec, recompute: str, *, flash: bool = True) -> Memo
     vocabulary = spec.padded_vocab / tensor
     return Memory(
         parameters=4 * held,
-        optimizer=4 * STATISTICS[run.optimizer.kind] * held,
+        optimizer=0 if offloaded else 4 * STATISTICS[run.optimizer.kind] * held,
         gradients=4 * held,
         gathered=(2 * layer * width if mesh["fsdp"] > 1 else 0)
         + (held * width if width < 4 and mesh["fsdp"] == 1 else 0),

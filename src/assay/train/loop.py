@@ -134,14 +134,13 @@ def _train(
     if prepared.left_out:
         reporter.note(f"{prepared.left_out:,} pairs are too long for data.seq_len: left out.")
     processes.all_or_none(lambda: _open_folder(out, run, prepared, resume) if first else None)
-    held_out = loader.evaluation_batches(prepared, scored_rows(run), part=run.train.score)
 
     # ---- model and state, as shapes; each array will be made in its place
     model = abstract(run.model, run.compute)
     form, step_function = layout(run.model, run.compute), make_step(run, model)
     shapes = jax.eval_shape(lambda: initial_state(run))
     if mesh is None:
-        shared = None
+        shared = scored = None
         # Not jitted: one small program a shape compiles sooner than one large one for all.
         make_state, update = partial(initial_state, run), jax.jit(step_function, donate_argnums=0)
     else:
@@ -154,6 +153,7 @@ def _train(
         rows = jax.sharding.NamedSharding(mesh, partition(("batch", None)))
         everywhere = jax.sharding.NamedSharding(mesh, partition(()))
         shared = processes.Rows(rows, run.data.batch_size)
+        scored = processes.Rows(rows, scored_rows(run))
         make_state = jax.jit(lambda: initial_state(run), out_shardings=places)
         update = jax.jit(
             step_function,
@@ -162,15 +162,17 @@ def _train(
             out_shardings=(places, everywhere),
         )
 
+    own, joined = (shared.own, shared.join) if shared else (None, dict)
+    batches = loader.batches(prepared, run.seed, rows=own)
+    own, place = (scored.own, scored.join) if scored else (None, dict)
+    held_out = loader.evaluation_batches(prepared, scored_rows(run), part=run.train.score, rows=own)
     exact = nnx.graphdef(abstract(run.model, run.compute.replace(dtype="float32")))
 
     def score(state: TrainState) -> Evaluation:
         """The whole held-out split, in float32, as `assay eval` does it."""
-        return evaluate(nnx.merge(exact, state.params), held_out, losses and losses.result())
+        return evaluate(nnx.merge(exact, state.params), held_out, losses and losses.result(), place)
 
     # ---- compile, beside all else that is to be made: most of a compiler's work is on one core
-    batches = loader.batches(prepared, run.seed, rows=shared.own if shared else None)
-    joined = shared.join if shared else lambda batch: batch
     reporter.note(f"Compiling for {run.data.batch_size} x {run.data.seq_len} tokens an update.")
     began, position = time.monotonic(), batches.state()
     lowered = update.lower(shapes, joined(next(batches)), np.float32(0))
