@@ -216,7 +216,7 @@ def tpu_on_kubernetes(index: int, port: int) -> dict[str, str]:
     return {
         "TPU_WORKER_ID": str(index),
         "TPU_WORKER_HOSTNAMES": "localhost,localhost",
-        "TPU_SKIP_MDS_QUERY": "1",
+        "METADATA": json.dumps({"tpu-env": ""}),
         "JAX_COORDINATOR_PORT": str(port),
     }
 
@@ -248,8 +248,8 @@ import json, os, sys
 from jax._src.clusters import cloud_tpu_cluster as tpu
 if "METADATA" in os.environ:
     told = json.loads(os.environ["METADATA"])
-    tpu.get_metadata = lambda key: (told[key], 200)
-if "METADATA" in os.environ or "TPU_WORKER_ID" in os.environ:
+    tpu.get_metadata = lambda key: (told.get(key, ""), 200 if key in told else 404)
+    os.environ.pop("TPU_SKIP_MDS_QUERY", None)  # libtpu's, where there is no TPU
     tpu.running_in_cloud_tpu_vm = True
 from assay.train.processes import is_first, join
 join(*sys.argv[1:])
@@ -281,8 +281,8 @@ def test_two_processes_find_each_other(told, arguments):
         )
         for index in range(2)
     ]  # fmt: skip
-    for index, process in enumerate(both):
-        output, errors = process.communicate(timeout=300)
+    ends = [process.communicate(timeout=300) for process in both]
+    for index, (output, errors) in enumerate(ends):
         assert output.split() == [str(index), "2", "2", str(index == 0)], errors
 
 

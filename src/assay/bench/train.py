@@ -6,6 +6,7 @@ Ratios of one run mean something; seconds on a shared machine do not.
 import os
 import signal
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
@@ -140,7 +141,9 @@ def _why_not_within(limit: float, compiled: Callable[[], float]) -> str | None:
     before = signal.signal(signal.SIGALRM, late)
     signal.setitimer(signal.ITIMER_REAL, limit)
     try:
-        compiled()
+        with warnings.catch_warnings():  # the compiler's, about Python's and processors' versions
+            warnings.simplefilter("ignore")
+            compiled()
         return None
     except Exception as error:  # whatever its compiler meets: there is then only eager to beat
         if ended:  # the compiler may have wrapped what was raised in it
