@@ -101,6 +101,14 @@ def _few_mappings():
         gc.collect()
 
 
+@pytest.fixture(scope="module")
+def quick_to_compile():
+    """These programs are run for milliseconds: XLA is not to spend seconds on making them fast."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(autouse=True)
 def _no_network(monkeypatch):
     """A test may talk to itself, and to nobody else."""

@@ -32,6 +32,8 @@ from assay.spec.model import (
 )
 from assay.spec.run import ComputeSpec
 
+pytestmark = pytest.mark.usefixtures("quick_to_compile")
+
 SHRUNK = {presets.shrink(preset.model): name for name, preset in presets.PRESETS.items()}
 
 

@@ -3,7 +3,6 @@
 import zlib
 from functools import lru_cache
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -29,11 +28,3 @@ def _noisy(spec: TransformerSpec, compute: ComputeSpec) -> Transformer:
 def noisy():
     """noisy(spec, **compute fields): a model of that spec with noise on every parameter."""
     return lambda spec, **compute: _noisy(spec, ComputeSpec(**compute))
-
-
-@pytest.fixture(scope="module")
-def quick_to_compile():
-    """These programs are run for milliseconds: XLA is not to spend seconds on making them fast."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
