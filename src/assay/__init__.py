@@ -25,7 +25,8 @@ if (
     os.environ["JAX_PLATFORMS"] = "cpu"
 
 if TYPE_CHECKING:
-    from assay.api import compare, generate, load, preset, train
+    from assay.api import compare, generate, preset, train
+    from assay.loading import load
     from assay.model.transformer import Transformer
     from assay.spec.model import TransformerSpec
     from assay.spec.run import RunSpec

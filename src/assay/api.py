@@ -1,4 +1,4 @@
-"""Assay from Python, in four calls: `load`, `train`, `generate`, `compare`.
+"""Assay from Python: `train`, `generate`, `compare`, beside `assay.loading.load`.
 
 Each imports what it needs when it is called: who trains does not wait for statistics.
 """
