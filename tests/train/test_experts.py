@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from assay import api
-from assay.loading import load
+from assay import api, loading
 from assay.model.transformer import Transformer, abstract, layout, name_leaves, named_parameters
 from assay.spec.model import (
     AttentionSpec,
@@ -145,7 +144,7 @@ def test_a_run_logs_and_draws_its_experts(run, tmp_path):
     assert all(0 < entropy <= math.log(4) + 1e-5 for entropy in last["router_entropy"])
     assert last["objective"] == pytest.approx(last["loss"], rel=1e-6)
     assert (out / "experts.png").is_file()
-    loaded = named_parameters(load(out).model)  # the biases come back with the rest
+    loaded = named_parameters(loading.load(out).model)  # the biases come back with the rest
     assert float(jnp.abs(loaded["layers.0.feed_forward.router.balance"]).max()) > 0
 
 
