@@ -125,8 +125,8 @@ def bench_growth(
     return grown
 
 
-def plot_growth(grown: list[Growth], path: Path, title: str) -> None:
-    """Time against size on logarithmic axes, a panel each, with the slope of every doubling.
+def refuse_plot(path: Path) -> None:
+    """To be asked before minutes are measured, too.
 
     Raises:
         AssayError: if the file is there already, or is neither .png nor .svg.
@@ -135,6 +135,15 @@ def plot_growth(grown: list[Growth], path: Path, title: str) -> None:
         raise AssayError(f"--plot {path}: it is there already, and nothing is overwritten.")
     if path.suffix not in (".png", ".svg"):
         raise AssayError(f"--plot {path}: the name must end in .png or .svg.")
+
+
+def plot_growth(grown: list[Growth], path: Path, title: str) -> None:
+    """Time against size on logarithmic axes, a panel each, with the slope of every doubling.
+
+    Raises:
+        AssayError: as `refuse_plot`.
+    """
+    refuse_plot(path)
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullFormatter, ScalarFormatter
 

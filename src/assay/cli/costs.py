@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 from assay.cli.application import emit, out
-from assay.errors import AssayError
 
 if TYPE_CHECKING:
     from assay.spec.run import RunSpec
@@ -52,10 +51,10 @@ def bench_loop(model: str, run: "RunSpec", as_json: bool) -> None:
 
 
 def bench_growth(dtype: str, plot: Path | None, rounds: int, as_json: bool) -> None:
-    from assay.bench.growth import bench_growth, plot_growth
+    from assay.bench.growth import bench_growth, plot_growth, refuse_plot
 
-    if plot is not None and plot.exists():
-        raise AssayError(f"--plot {plot}: it is there already, and nothing is overwritten.")
+    if plot is not None:
+        refuse_plot(plot)
 
     def tell(growth) -> None:
         if as_json:
