@@ -59,6 +59,31 @@ def test_show_tells_what_an_architecture_costs(last_json, assay):
     assert "124,439,808" in out
 
 
+def test_show_tells_what_mup_changes(last_json, assay):
+    """nano is 256 wide: four times the base."""
+    mup = 'model.mup={"base_width": 64}'
+    changes = last_json("show", "nano", "--set", mup)["mup"]
+    assert (changes["base_width"], changes["width_multiple"]) == (64, 4)
+    assert changes["groups"]["matrices"] == {"std": 0.5, "adamw_lr": 0.25, "muon_lr": 1.0}
+    assert changes["multipliers"]["logits"] == 0.25
+    _, out, _ = assay("show", "nano", "--set", mup)
+    assert "muP: width 4 times the base's 64" in out
+    assert last_json("show", "nano")["mup"] is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "found"),
+    [
+        (["--widths", "64,wide"], "give numbers"),
+        (["--out", "picture.gif"], "name a .png or a .svg"),
+    ],
+)
+def test_a_coordinate_check_refuses_what_it_cannot_do(assay, arguments, found):
+    status, out, err = assay("check", "nano", "--coordinates", *arguments)
+    assert (status, out) == (2, "")
+    assert found in err
+
+
 def test_corpora_are_listed(last_json):
     names = [row["name"] for row in last_json("corpora")["corpora"]]
     assert {"python-docs", "python-stdlib", "shakespeare"} <= set(names)
