@@ -161,16 +161,15 @@ def load(model: str | Path, dtype: str = "float32", *, seed: int = 0, mesh: Any 
     """The model that a name or folder stands for, its tokenizer, and the run it came from.
 
     A preset has random parameters, drawn from `seed`, and no tokenizer but the byte one where
-    its vocabulary is that. With a `jax.sharding.Mesh`, the files of a model are read shard by
-    shard onto its devices.
+    its vocabulary is that. With a `jax.sharding.Mesh` each device gets its own part: files and
+    checkpoints are read shard by shard, and a preset's parameters are drawn in their places.
 
     Raises:
         AssayError: if there is no such model, or its files are no good.
     """
-    import jax
-
     from assay.data import tokenizers
-    from assay.model.transformer import Transformer, from_named_parameters
+    from assay.interop.convert import place, places_of
+    from assay.model.transformer import from_named_parameters
     from assay.startup import keep_compiled_programs
 
     keep_compiled_programs()
@@ -179,10 +178,9 @@ def load(model: str | Path, dtype: str = "float32", *, seed: int = 0, mesh: Any 
         case "preset":
             run = PRESETS[str(model)].run
             fits = run.model.vocab_size == tokenizers.ByteTokenizer().vocab_size
-            made = jax.jit(lambda key: Transformer(run.model, compute, rngs=key))
             return Loaded(
                 str(model),
-                made(jax.random.key(seed)),
+                _drawn(run.model, compute, seed, mesh),
                 tokenizers.ByteTokenizer() if fits else None,
                 run,
             )
@@ -192,13 +190,31 @@ def load(model: str | Path, dtype: str = "float32", *, seed: int = 0, mesh: Any 
 
             folder = Path(model)
             run = read_run(folder)
-            named, step = restore_parameters(folder / "checkpoints")
+            places = None if mesh is None else places_of(run.model, mesh)
+            named, step = restore_parameters(folder / "checkpoints", places=places)
             made = from_named_parameters(run.model, named, compute)
             return Loaded(str(model), made, tokenizers.load(folder), run, step)
-    from assay.interop.convert import place
-
     source = open_source(model)
     named = place(source.entries("assay", source.spec, None, None), source.spec, mesh)
     made = from_named_parameters(source.spec, named, compute)
     begins = source.start_token if source.spec.encoder is not None else None
     return Loaded(str(model), made, source.tokenizer, start_token=begins)
+
+
+def _drawn(spec: TransformerSpec, compute: ComputeSpec, seed: int, mesh: Any) -> "Transformer":
+    """A model with random parameters."""
+    import jax
+    from flax import nnx
+
+    from assay.model.sharding import parameter_shardings
+    from assay.model.transformer import Transformer, abstract
+
+    key = jax.random.key(seed)
+    if mesh is None:
+        return jax.jit(lambda key: Transformer(spec, compute, rngs=key))(key)
+    model = abstract(spec, compute)
+    draw = jax.jit(
+        lambda key: nnx.to_pure_dict(nnx.state(Transformer(spec, compute, rngs=key), nnx.Param)),
+        out_shardings=parameter_shardings(model, mesh),
+    )
+    return nnx.merge(nnx.graphdef(model), draw(key))

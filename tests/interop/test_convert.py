@@ -253,6 +253,8 @@ def test_straight_onto_a_mesh(tmp_path):
     assert result.max_logit_difference <= result.tolerance
     loaded = load(start, mesh=mesh).model.layers[0].attention.q.w[...]
     assert loaded.sharding.shard_shape(loaded.shape) == (16, 16)
+    drawn = load("tiny-gpt", mesh=mesh).model.layers[0].attention.q.w[...]
+    assert drawn.sharding.shard_shape(drawn.shape) == (64, 64)
 
 
 MEMORY = """

@@ -3,6 +3,7 @@
 import json
 import re
 import struct
+from dataclasses import replace
 
 import gguf
 import jax
@@ -266,13 +267,17 @@ def test_models_against_transformers(family, tmp_path):
 
 @pytest.mark.parametrize("family", ["mixtral", "olmoe"])
 def test_experts(family, tmp_path):
-    """transformers reads no such GGUF: the tensors that were written come back."""
+    """transformers reads no such GGUF: the tensors that were written come back, and its model of
+    them is what a conversion is held to."""
     config, spec, state = example(family)
-    file = GgufFile(write(tmp_path / "x.gguf", family, state, config))
+    path = write(tmp_path / "x.gguf", family, state, config)
+    file = GgufFile(path)
     assert file.spec == spec
     assert file.family == family
     assert file.keys() == state.keys()
     assert all(np.array_equal(file[name], state[name]) for name in state)
+    result = convert(open_source(path), tmp_path / "own", to="assay", verify=True)
+    assert result.max_logit_difference <= result.tolerance
 
 
 def test_experts_in_a_tensor_each(tmp_path, assay_command):
@@ -284,10 +289,13 @@ def test_experts_in_a_tensor_each(tmp_path, assay_command):
     assert file.spec == spec
     assert file.keys() == state.keys()
     assert all(np.array_equal(file[name], state[name]) for name in state)
-    status, _, err = assay_command("convert", path, tmp_path / "own", "--to", "assay", "--quiet")
-    assert status == 2  # transformers reads no Mixtral of GGUF, so there is nothing to hold it to
-    status, _, err = assay_command("convert", path, tmp_path / "own", "--no-verify", "--quiet")
+    status, out, err = assay_command("convert", path, tmp_path / "own", "--json")
     assert status == 0, err
+    assert json.loads(out.splitlines()[-1])["max_logit_difference"] < 1e-4
+    wrong = spec.changed({"decoder.pattern.*.feed_forward.router.k": 1})
+    with pytest.raises(AssayError, match="the converted model's logits differ"):
+        convert(replace(open_source(path), spec=wrong), tmp_path / "wrong", to="assay")
+    assert not (tmp_path / "wrong").exists()
 
 
 def write_t5(path, state, config, pieces):

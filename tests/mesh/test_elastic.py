@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 
 from assay.data import loader
+from assay.loading import load
+from assay.model.sharding import make_mesh
 from assay.spec import presets
 from assay.spec.run import MeshSpec
 from assay.train import loop
@@ -87,3 +89,8 @@ def test_eight_devices_go_on_as_four_two_and_one(run, seen, tmp_path):
     assert found.keys() == losses.keys()
     for step in steps:
         assert found[step] == pytest.approx(losses[step], rel=1e-4), step
+    # ---- what was trained is read onto a mesh, each device's part alone
+    matrix = load(out).model.layers[0].attention.q.w[...]
+    split = load(out, mesh=make_mesh(MeshSpec(data=2, fsdp=2))).model.layers[0].attention.q.w[...]
+    assert split.sharding.shard_shape(split.shape) == (matrix.shape[0] // 2, matrix.shape[1])
+    np.testing.assert_array_equal(split, matrix)

@@ -195,3 +195,61 @@ def test_the_harness_gives_its_own_numbers(ours, theirs, their_tokenizer, tmp_pa
     text = Instance("loglikelihood_rolling", {}, (" ".join(PROMPTS),), 0)
     (x,), (y,) = (model.loglikelihood_rolling([text], True) for model in (mine, backend))
     assert x == pytest.approx(y, abs=1e-3)
+
+
+QUESTIONS = [  # (question, answer), of different lengths
+    ("What is the capital of France?", "Paris"),
+    ("Which planet do people live on?", "Earth"),
+    ("The sky on a clear day has one colour, and so has the deep sea. Which is it?", "Blue"),
+    ("2 + 2 =", "4"),
+]
+ASKED = """task: local_questions
+dataset_path: json
+dataset_kwargs: {data_files: {validation: DOCS}}
+validation_split: validation
+output_type: generate_until
+doc_to_text: "Question: {{question}}\\nAnswer:"
+doc_to_target: "{{answer}}"
+generation_kwargs: {until: ["\\n", "Question:"], do_sample: false, max_gen_toks: 12}
+filter_list:
+  - name: word
+    filter:
+      - function: regex
+        regex_pattern: "(\\\\w+)"
+      - function: take_first
+metric_list:
+  - metric: exact_match
+    ignore_case: true
+"""
+
+
+@pytest.mark.slow
+def test_the_harness_gets_its_own_texts(ours, theirs, their_tokenizer, tmp_path):
+    """A task of its kind `generate_until`: the same greedy texts and scores as its own backend."""
+    import lm_eval.tasks
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    docs = tmp_path / "questions.jsonl"
+    rows = [{"question": question, "answer": answer} for question, answer in QUESTIONS]
+    docs.write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "questions.yaml").write_text(ASKED.replace("DOCS", str(docs)))
+    manager = lm_eval.tasks.TaskManager(include_path=str(tmp_path), include_defaults=False)
+    backend = HFLM(pretrained=theirs, tokenizer=their_tokenizer, device="cpu", batch_size=4)
+    mine = harness_model(ours.model, ours.tokenizer, batch_size=4)
+    a, b = (
+        simple_evaluate(
+            model=model, tasks=["local_questions"], task_manager=manager, log_samples=True
+        )
+        for model in (mine, backend)
+    )
+    texts = [
+        [(one["arguments"], one["resps"], one["filtered_resps"]) for one in found["samples"][task]]
+        for found in (a, b)
+        for task in ["local_questions"]
+    ]
+    assert texts[0] == texts[1]
+    assert len(texts[0]) == len(QUESTIONS)
+    a, b = (found["results"]["local_questions"] for found in (a, b))
+    assert a["exact_match,word"] == b["exact_match,word"] > 0
+    assert a["exact_match_stderr,word"] == b["exact_match_stderr,word"]

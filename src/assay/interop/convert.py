@@ -535,14 +535,23 @@ def place(
             entry.name: jnp.asarray(entry.read().astype(np.float32, copy=False))
             for entry in entries
         }
-    compute = ComputeSpec()
-    shardings = parameter_shardings(abstract(spec, compute), mesh)
-    named = name_leaves(shardings, kept_layout(spec, compute))
+    places = places_of(spec, mesh)
     return {
         entry.name: jax.make_array_from_callback(
             entry.shape,
-            named[entry.name],
+            places[entry.name],
             lambda index, entry=entry: entry.read(index).astype(np.float32, copy=False),
         )
         for entry in entries
     }
+
+
+def places_of(spec: TransformerSpec, mesh: jax.sharding.Mesh) -> dict[str, jax.sharding.Sharding]:
+    """Where each of our parameters, by its name, lies on a mesh.
+
+    Raises:
+        AssayError: if the mesh does not divide one.
+    """
+    compute = ComputeSpec()
+    shardings = parameter_shardings(abstract(spec, compute), mesh)
+    return name_leaves(shardings, kept_layout(spec, compute))

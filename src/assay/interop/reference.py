@@ -53,10 +53,12 @@ def _from_folder(path: Path):
     model, info = form.from_pretrained(
         path, output_loading_info=True, local_files_only=True, dtype=torch.float32
     )
-    for problem, names in info.items():
-        if names:
-            raise AssayError(f"{path}: transformers finds {problem}: {names}.")
+    _all_found(path, info)
     return model
+
+
+UNREAD = ("mixtral", "olmoe")
+"""Families whose GGUF files `transformers` does not read, though it has their models."""
 
 
 def _from_gguf(path: Path):
@@ -66,13 +68,16 @@ def _from_gguf(path: Path):
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
     from transformers.initialization import no_init_weights
+
+    from assay.interop.gguf import GgufFile
+
+    if (file := GgufFile(path)).family in UNREAD:
+        return _of_tensors(file)
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
     config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
     if config.model_type == "t5":
-        from assay.interop.gguf import GgufFile
-
-        config = AutoConfig.for_model(**GgufFile(path).config())
+        config = AutoConfig.for_model(**file.config())
     with no_init_weights():
         form = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         model = form.from_config(config)
@@ -83,3 +88,27 @@ def _from_gguf(path: Path):
     if missing or found.unexpected_keys:
         raise AssayError(f"{path}: transformers finds {found}.")
     return model
+
+
+def _of_tensors(file):
+    """`transformers`' model of a GGUF file's tensors, read and named as `gguf.py` has them."""
+    import torch
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+
+    config = AutoConfig.for_model(**file.config())
+    state = {name: torch.from_numpy(np.array(file[name], np.float32)) for name in file}
+    model, info = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
+        None,
+        config=config,
+        state_dict=state,
+        output_loading_info=True,
+        dtype=torch.float32,
+    )
+    _all_found(file.path, info)
+    return model
+
+
+def _all_found(path: Path, info: dict) -> None:
+    for problem, names in info.items():
+        if names:
+            raise AssayError(f"{path}: transformers finds {problem}: {names}.")

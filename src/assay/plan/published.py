@@ -5,7 +5,7 @@ on the other rows of the same chip, so that no constant is fitted to the row tha
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 
 from assay.plan.roofline import predict
@@ -37,11 +37,17 @@ TITAN = "torchtitan, benchmarks/llama3_h100_202412_torchtitan.md"
 TITAN_A100 = "torchtitan, docs/performance.md (2024)"
 FOUNDRY = "llm-foundry, scripts/train/benchmarking/README.md"
 NANOGPT = "nanoGPT, README.md"
+FORGE = "KempnerForge, benchmarks/mfu_scaling (2026-04-05)"
+GPU_RECIPES = "AI-Hypercomputer/gpu-recipes, training/a3ultra"
+GPU_RECIPES_B200 = "AI-Hypercomputer/gpu-recipes, training/a4/custom/qwen2-5-7b (logs of 2025)"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One published run: `tokens` a second and device. `recompute` as in `plan/work.py`."""
+    """One published run: `tokens` a second and device. `recompute` as in `plan/work.py`.
+
+    `island`: how many devices its machines joined, where that is not the chip's usual number.
+    """
 
     name: str
     model: TransformerSpec
@@ -55,6 +61,7 @@ class Row:
     accumulate: int = 1
     fused: bool = True
     flash: bool = True
+    island: int | None = None
 
     @property
     def run(self) -> RunSpec:
@@ -71,15 +78,20 @@ class Row:
 
     @property
     def where(self) -> Topology:
-        return parse_topology(self.topology)
+        topology = parse_topology(self.topology)
+        if self.island is None:
+            return topology
+        return replace(topology, chip=replace(topology.chip, island=self.island))
 
 
-def llama(layers, d, heads, kv, hidden, vocab, context, *, experts: int = 0) -> TransformerSpec:
+def llama(
+    layers, d, heads, kv, hidden, vocab, context, *, experts: int = 0, load: float = 1.25
+) -> TransformerSpec:
     """A Llama-shaped decoder, with top-2 experts in place of its feed-forward where asked."""
     feed_forward = MlpSpec(hidden=hidden, activation="silu", gated=True)
     if experts:
         feed_forward = MoeSpec(
-            experts=experts, expert=feed_forward, router=TopK(k=2), capacity=CapacitySpec(load=1.25)
+            experts=experts, expert=feed_forward, router=TopK(k=2), capacity=CapacitySpec(load=load)
         )
     block = BlockSpec(
         attention=AttentionSpec(heads=heads, kv_heads=kv, head_dim=128, positions=Rope()),
@@ -130,6 +142,9 @@ LLAMA_3_8B = llama(32, 4096, 32, 8, 14336, 128256, 8192)
 LLAMA_3_70B = llama(80, 8192, 64, 8, 28672, 128256, 8192)
 MISTRAL_7B = llama(32, 4096, 32, 8, 14336, 32000, 8192)
 MIXTRAL = llama(32, 4096, 32, 8, 14336, 32000, 4096, experts=8)
+MIXTRAL_NEMO = llama(32, 4096, 32, 8, 14336, 50304, 4096, experts=8, load=1.0)
+QWEN_2_5_7B = llama(28, 3584, 28, 4, 18944, 152064, 4096)
+FORGE_13B = llama(40, 5120, 40, 8, 17920, 128256, 4096)
 # MaxText's own sizes ("global_parameter_scale"), by its rule for widths and depth.
 SCALE_16 = llama(32, 4096, 64, 64, 28672, 32000, 2048)
 SCALE_32 = llama(32, 8192, 64, 64, 28672, 32000, 2048)
@@ -184,6 +199,17 @@ def _foundry(size, gpu, devices, seq_len, batch, accumulate, remat, tokens) -> R
     )
 
 
+def _forge(name, model, mesh, batch, accumulate, tokens, *, fused=True) -> Row:
+    """Machines of four; `tokens` of all devices together."""
+    return Row(
+        *(name, model, f"h200:{mesh.devices}", mesh, batch, 4096, "block"),
+        *(tokens / mesh.devices, FORGE),
+        accumulate=accumulate,
+        fused=fused,
+        island=4,
+    )
+
+
 V6E_POD, FSDP_256, FSDP_64 = "v6e:16x16", MeshSpec(fsdp=256), MeshSpec(fsdp=64)
 
 ROWS = (
@@ -218,6 +244,31 @@ ROWS = (
     _foundry("13b", "h100", 8, 4096, 10, 3, True, 4717),
     _foundry("13b", "h100", 64, 2048, 2, 1, False, 4800),
     _foundry("30b", "h100", 32, 2048, 14, 3, True, 2308),
+    # ---- H200
+    _forge("Llama 3 8B", LLAMA_3_8B, MeshSpec(), 2, 4, 10471),
+    _forge("Llama 3 8B", LLAMA_3_8B, MeshSpec(fsdp=2), 2, 4, 18728),
+    _forge("Llama 3 8B", LLAMA_3_8B, MeshSpec(fsdp=4), 4, 2, 38983),
+    _forge("Llama 3 13B", FORGE_13B, MeshSpec(fsdp=8), 4, 4, 35405, fused=False),
+    Row(
+        *("Llama 3.1 70B", LLAMA_3_70B, "h200:256", MeshSpec(data=2, fsdp=128)),
+        *(2, 8192, "mlp", 1055.949, GPU_RECIPES),
+    ),
+    Row(
+        *("Mixtral 8x7B", MIXTRAL_NEMO, "h200:256", MeshSpec(data=32, expert=8)),
+        *(2, 4096, "none", 1024 * 4096 / 2.7396 / 256, GPU_RECIPES),
+        accumulate=2,
+    ),
+    # ---- B200
+    Row(
+        *("Qwen2.5 7B", QWEN_2_5_7B, "b200:8", MeshSpec(data=8)),
+        *(4, 4096, "none", 512 * 4096 / 11.11 / 8, GPU_RECIPES_B200),
+        accumulate=16,
+    ),
+    Row(
+        *("Qwen2.5 7B", QWEN_2_5_7B, "b200:16", MeshSpec(data=16)),
+        *(4, 4096, "none", 512 * 4096 / 7.05 / 16, GPU_RECIPES_B200),
+        accumulate=8,
+    ),
     # ---- A100
     Row(
         "GPT-2 124M",

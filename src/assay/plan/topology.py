@@ -78,11 +78,11 @@ CHIPS = {
         ),
         Chip(
             *("h200", "NVIDIA H200", 989e12, 141 * GIB, 4.8e12, 4.5e11, 0, 8, 5e10),
-            *(0.54, 1 / 2, None, NVIDIA),
+            *(0.63, 1 / 2, None, NVIDIA),
         ),
         Chip(
             *("b200", "NVIDIA B200", 2250e12, 180 * GIB, 7.7e12, 9e11, 0, 8, 5e10),
-            *(0.54, 1 / 2, None, NVIDIA),
+            *(0.47, 1 / 2, None, NVIDIA),
         ),
     )
 }

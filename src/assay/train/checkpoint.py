@@ -8,6 +8,7 @@ Orbax is imported where it is first used: a run does that while its step is bein
 
 import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -93,8 +94,14 @@ class Checkpoints:
         self._manager.close()
 
 
-def restore_parameters(folder: Path, step: int | None = None) -> tuple[dict[str, jax.Array], int]:
+def restore_parameters(
+    folder: Path,
+    step: int | None = None,
+    places: Mapping[str, jax.sharding.Sharding] | None = None,
+) -> tuple[dict[str, jax.Array], int]:
     """Only the named parameters of a run's checkpoint (the newest), and its step.
+
+    Each is read straight to its place, the first device where none is given.
 
     Raises:
         AssayError: if the folder holds none.
@@ -107,7 +114,11 @@ def restore_parameters(folder: Path, step: int | None = None) -> tuple[dict[str,
         raise AssayError(f"{folder}: there is no checkpoint in it.")
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     wanted = {
-        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here)
+        name: jax.ShapeDtypeStruct(
+            leaf.shape,
+            leaf.dtype,
+            sharding=places[name.removeprefix("params/")] if places else here,
+        )
         for name, leaf in _leaves(manager, step).items()
         if name.startswith("params/")
     }
