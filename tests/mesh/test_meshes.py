@@ -84,7 +84,7 @@ def on_one_device(model: TransformerSpec):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", presets.PRESETS)
 def test_every_preset_trains_on_every_legal_mesh(name):
-    """Prints a row of docs/meshes.md for each mesh (pytest -s)."""
+    """Prints a row for each mesh (pytest -s); the worst are in docs/distributed.md."""
     model = wide(name)
     meshes = legal_meshes(model)
     assert meshes

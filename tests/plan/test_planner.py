@@ -9,7 +9,8 @@ import jax
 import pytest
 
 from assay.errors import AssayError
-from assay.plan.compiled import collectives, compile_step
+from assay.plan import planner
+from assay.plan.compiled import Compiled, collectives, compile_step
 from assay.plan.memory import serving_memory, training_memory
 from assay.plan.planner import confirmed, make_plan, meshes, search
 from assay.plan.roofline import predict
@@ -139,12 +140,51 @@ def test_search_proposes_what_fits_fastest_first():
     assert seconds == sorted(seconds)
 
 
+def test_search_proposes_the_smallest_batch_that_is_as_fast():
+    """GPT-2 on four chips: with a sequence each, the update of its parameters takes a good part."""
+    run = presets.get("gpt2").run.at("compute.dtype", "bfloat16")
+    topology = parse_topology("v5e:2x2")
+    best = search(run, topology, batch=True)[0]
+    batch = best.run.data.batch_size
+    assert best.fits
+    assert best.run.train.accumulate == 1
+    assert 4 < batch <= 128
+    speeds = [
+        make_plan(
+            best.run.at("data.batch_size", size), topology, best.run.compute.remat, compile=False
+        ).speed.tokens_per_second
+        for size in (batch // 2, batch)
+    ]
+    assert speeds[0] < 0.98 * speeds[1]
+
+
 def test_search_takes_parts_where_they_allow_to_recompute_less():
     """On 8 H100 64 x 8,192 tokens at once fit only with whole blocks done again."""
     plans = search(LLAMA.at("data.seq_len", 8192), parse_topology("h100:8"))
     kinds = {(plan.run.compute.remat, plan.run.train.accumulate) for plan in plans}
     assert any(parts > 1 and remat != "block" for remat, parts in kinds)
     assert confirmed(plans) == (plans[0], plans[1:])  # there is no compiler for GPUs here
+
+
+def test_what_the_compiler_needs_more_the_next_plans_are_taken_to_need(monkeypatch):
+    """It asks for twice the estimate: what then has no room is not compiled."""
+    plans = search(LLAMA, parse_topology("v5p:2x2x4"), most=100)
+    compiled = []
+
+    def compile_step(run, topology):
+        plan = next(plan for plan in plans if plan.run == run)
+        compiled.append(plan)
+        return Compiled(round(2 * plan.memory.total), 0, 0, 0, 0, {}, 0.0)
+
+    monkeypatch.setattr(planner, "can_compile", lambda topology: True)
+    monkeypatch.setattr(planner, "compile_step", compile_step)
+    best, others = confirmed(plans)
+    assert [plan.run for plan in compiled] == [plans[0].run, best.run]
+    assert best.fits
+    assert len(others) == len(plans) - 1
+    passed_over = plans[1 : plans.index(compiled[1])]
+    assert passed_over
+    assert all(2 * plan.memory.total > plan.room for plan in passed_over)
 
 
 def test_every_mesh_is_tried_once():

@@ -9,6 +9,9 @@ from assay.cli.application import Json, Model, Settings, app, changes_of, emit, 
 from assay.cli.describe import run_of
 from assay.errors import AssayError
 
+RUNNERS_UP = 7
+"""Plans that a search shows behind the first."""
+
 
 @app.command()
 def plan(
@@ -29,7 +32,8 @@ def plan(
         str, typer.Option(help="What the backward pass computes again; auto: least that fits.")
     ] = "auto",
     search: Annotated[
-        bool, typer.Option("--search", help="Propose mesh, batch parts and remat.")
+        bool,
+        typer.Option("--search", help="Propose mesh, remat, and the batch or what parts it takes."),
     ] = False,
     compile: Annotated[
         bool, typer.Option("--compile/--no-compile", help="Compile for a TPU that is not there.")
@@ -53,22 +57,24 @@ def plan(
     }
     changes = {path: value for path, value in flags.items() if value is not None}
     machine = with_price(parse_topology(topology), price)
-    if batch_size is None:
+    changes |= changes_of(settings)
+    if free := "data.batch_size" not in changes:
         changes["data.batch_size"] = machine.devices
-    run = run_of(model, changes | changes_of(settings))
+    run = run_of(model, changes)
     if seq_len is None:
         run = run.at("data.seq_len", run.model.context)
 
     from assay.plan import planner
 
     if search:
-        plans = planner.search(run, machine)
+        plans = planner.search(run, machine, batch=free, most=200)
         if not plans:
             raise AssayError(
                 f"plan: no mesh of {machine.name} holds {model} at {run.data.batch_size} x "
                 f"{run.data.seq_len} tokens an update; take more chips or a smaller batch."
             )
         best, others = planner.confirmed(plans) if compile else (plans[0], plans[1:])
+        others = others[:RUNNERS_UP]
     else:
         best, others = planner.make_plan(run, machine, remat, compile=compile), []
     if not as_json:
@@ -84,7 +90,7 @@ def _print(model: str, plan, others) -> None:
     verdict = "[green]fits[/]" if plan.fits else "[red]does not fit[/]"
     axes = ", ".join(f"{axis}={size}" for axis, size in data["mesh"].items()) or "one device"
     console.print(
-        f"[bold]{model}[/] on {plan.topology.name} ({axes}), {data['batch_size']} x "
+        f"[bold]{model}[/] on {plan.topology.name} ({axes}), {_batch(plan.run)} x "
         f"{data['seq_len']:,} tokens an update, {data['dtype']}, remat {data['remat']}: {verdict}."
     )
     how = "compiled for it" if data["compiled"] else "estimated from the spec"
@@ -127,13 +133,15 @@ def _print(model: str, plan, others) -> None:
             f"compiled in {data['compiler']['seconds']:.0f} s; collectives: {parts or 'none'}"
         )
     if others:
+        if not plan.fits:
+            console.print("None that was compiled fits; the others are estimates.", style="red")
         console.print("\n[italic]runners-up, estimated[/]")
-        table = Table("mesh", "parts", "remat", "memory", "tokens/s", "MFU", box=None)
+        table = Table("mesh", "batch", "remat", "memory", "tokens/s", "MFU", box=None)
         for other in others:
             row = other.as_json()
             table.add_row(
                 ", ".join(f"{axis}={size}" for axis, size in row["mesh"].items()),
-                str(other.run.train.accumulate),
+                _batch(other.run),
                 row["remat"],
                 _size(row["bytes_per_device"]),
                 f"{row['predicted_tokens_per_second']:,.0f}",
@@ -156,6 +164,12 @@ def _print_serving(data: dict, topology) -> None:
         f"{_size(serving['kv_bytes_per_sequence'])} a sequence of {data['seq_len']:,}; "
         f"{topology.name} holds {serving['sequences_that_fit']:,} of them."
     )
+
+
+def _batch(run) -> str:
+    """Sequences an update, and in how many parts."""
+    parts = run.train.accumulate
+    return f"{run.data.batch_size}" + (f" in {parts}" if parts > 1 else "")
 
 
 def _size(size: float) -> str:

@@ -98,9 +98,12 @@ def compile_step(run: RunSpec, topology: Topology) -> Compiled:
                 offload=run.compute.offload_optimizer,
             )
             rows = jax.sharding.NamedSharding(mesh, partition(("batch", None)))
-            shape = (run.data.batch_size, run.data.seq_len)
-            names = ("tokens", "targets") + (("source",) if run.model.encoder else ())
-            batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in names}
+            ids = jax.ShapeDtypeStruct((run.data.batch_size, run.data.seq_len), jnp.int32)
+            batch = {"tokens": ids, "targets": ids}
+            if run.model.encoder is not None:
+                shape = (run.data.batch_size, run.data.room_for_source or run.data.seq_len)
+                batch["source"] = jax.ShapeDtypeStruct(shape, jnp.int32)
+                batch["source_mask"] = jax.ShapeDtypeStruct(shape, jnp.bool_)
             step = jax.jit(
                 make_step(run, model),
                 donate_argnums=0,

@@ -80,6 +80,7 @@ class Plan:
             "devices": self.topology.devices,
             "mesh": mesh,
             "batch_size": self.run.data.batch_size,
+            "accumulate": self.run.train.accumulate,
             "seq_len": self.run.data.seq_len,
             "dtype": self.run.compute.dtype,
             "remat": self.run.compute.remat,
@@ -203,36 +204,74 @@ def for_target(run: RunSpec, topology: Topology) -> RunSpec:
 # ---------------------------------------------------------------------------- search
 
 
-def search(run: RunSpec, topology: Topology, *, most: int = 8) -> list[Plan]:
+ENOUGH = 0.98
+"""Of the fastest batch's tokens a second: a smaller one that reaches it is proposed."""
+
+
+def search(run: RunSpec, topology: Topology, *, batch: bool = False, most: int = 8) -> list[Plan]:
     """The fastest plans that fit, by estimate: every mesh of the devices, and remat policy.
 
     The batch is the run's; where it does not fit at once, it goes in up to 8 parts, summed up.
+    With `batch` it is proposed too: 1 to 32 sequences a device, the fewest that lose no speed.
     """
     plans, run = [], for_target(run, topology)
+    propose = _batch_of if batch else _parts_of
     for mesh, policy in product(meshes(topology.devices), AUTO):
-        for accumulate in (1, 2, 4, 8):  # more parts than it takes to fit are never faster
-            try:
-                candidate = run.replace(mesh=mesh, train=run.train.replace(accumulate=accumulate))
-            except AssayError:
-                continue
-            plan = _plan(candidate.at("compute.remat", policy), topology, False)
-            if plan.fits:
-                plans.append(plan)
-                break
-    return sorted(plans, key=lambda plan: plan.speed.step_seconds)[:most]
+        plan = propose(run.at("compute.remat", policy), mesh, topology)
+        if plan is not None:
+            plans.append(plan)
+    return sorted(plans, key=lambda plan: -plan.speed.tokens_per_second)[:most]
+
+
+def _parts_of(run: RunSpec, mesh: MeshSpec, topology: Topology) -> Plan | None:
+    """The run's batch in as few parts as fit: more are never faster."""
+    for parts in (1, 2, 4, 8):
+        train = run.train.replace(accumulate=parts)
+        plan = _estimated(run, topology, mesh=mesh, train=train)
+        if plan is not None and plan.fits:
+            return plan
+    return None
+
+
+def _batch_of(run: RunSpec, mesh: MeshSpec, topology: Topology) -> Plan | None:
+    """The smallest batch, at once, that is as fast as any that fits."""
+    plans = []
+    for each in (1, 2, 4, 8, 16, 32):
+        data = run.data.replace(batch_size=each * topology.devices)
+        plan = _estimated(run, topology, mesh=mesh, data=data)
+        if plan is not None and plan.fits:
+            plans.append(plan)
+    fastest = max((plan.speed.tokens_per_second for plan in plans), default=0.0)
+    enough = (plan for plan in plans if plan.speed.tokens_per_second >= ENOUGH * fastest)
+    return next(enough, None)
+
+
+def _estimated(run: RunSpec, topology: Topology, **changes: Any) -> Plan | None:
+    """From the spec alone; None where the mesh is not legal."""
+    try:
+        return _plan(run.replace(**changes), topology, False)
+    except AssayError:
+        return None
 
 
 def confirmed(plans: list[Plan]) -> tuple[Plan, list[Plan]]:
     """The first of estimated plans that the compiler says fits, compiled; and all others.
 
-    Where there is no compiler for the machine the first is taken as it is. At most three are
-    compiled; if none of them fits, the first of them is returned with the compiler's answer.
+    What it needs more than was estimated, the plans that come after are taken to need too: those
+    that then have no room are passed over. At most three are compiled; if none of them fits, the
+    first of them is returned with the compiler's answer. Where there is no compiler for the
+    machine the first plan is taken as it is.
     """
-    tried = []
-    for number, plan in enumerate(plans[:3]):
+    tried, more = [], 1.0
+    for number, plan in enumerate(plans):
+        if more * plan.memory.total > plan.room:
+            continue
         tried.append(_plan(plan.run, plan.topology, True))
         if tried[-1].fits:
             return tried[-1], plans[:number] + plans[number + 1 :]
+        if len(tried) == 3:
+            break
+        more = max(more, tried[-1].bytes_per_device / plan.memory.total)
     return tried[0], plans[1:]
 
 
