@@ -170,9 +170,10 @@ def load(model: str | Path, dtype: str = "float32", *, seed: int = 0, mesh: Any 
     from assay.data import tokenizers
     from assay.interop.convert import place, places_of
     from assay.model.transformer import from_named_parameters
-    from assay.startup import keep_compiled_programs
+    from assay.startup import compute_in_the_calling_thread, keep_compiled_programs
 
     keep_compiled_programs()
+    compute_in_the_calling_thread()
     compute = ComputeSpec(dtype=dtype)
     match kind_of(model):
         case "preset":

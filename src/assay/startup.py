@@ -1,5 +1,7 @@
 """What is set once before anything is compiled."""
 
+import os
+
 import jax
 
 from assay.data import cache
@@ -15,3 +17,14 @@ def keep_compiled_programs() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
         # With a size JAX also locks the folder: a comparison's processes share it.
         jax.config.update("jax_compilation_cache_max_size", 4 * 2**30)
+
+
+def compute_in_the_calling_thread() -> None:
+    """A step on one CPU device is computed by the thread that calls it, with the pool's help.
+
+    Its memory then comes from the first thread's heap, which `cli/memory.py` has glibc keep; in
+    any other thread glibc maps anew, each time, what is large. Where that was not set, and once
+    JAX has its devices, nothing changes.
+    """
+    if "GLIBC_TUNABLES" in os.environ:
+        jax.config.update("jax_cpu_enable_async_dispatch", False)

@@ -22,6 +22,7 @@ from assay.interop.huggingface_config import config_from_spec
 from assay.model.transformer import abstract
 from assay.spec.model import BlockSpec, TransformerSpec
 from assay.spec.run import RunSpec
+from assay.startup import compute_in_the_calling_thread
 from assay.train.step import initial_state, make_step
 
 COMPILE_LIMIT = 180.0
@@ -157,6 +158,7 @@ def _why_not_within(limit: float, compiled: Callable[[], float]) -> str | None:
 
 def jax_step(run: RunSpec, batch: dict[str, np.ndarray]) -> Callable[[], float]:
     """Our update; each call is one step, and gives its loss."""
+    compute_in_the_calling_thread()
     state = initial_state(run)
     step = jax.jit(make_step(run, abstract(run.model, run.compute)), donate_argnums=0)
     compiled = step.lower(state, batch, np.float32(0)).compile()

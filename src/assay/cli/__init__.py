@@ -2,13 +2,13 @@
 
 import sys
 
-from assay.cli.memory import use_huge_pages
+from assay.cli.memory import keep_memory
 from assay.errors import AssayError
 
 
 def main() -> None:
     """Runs the command; a user's mistake is one sentence on standard error and status 2."""
-    use_huge_pages()  # starts Python again, so it comes before all that takes time
+    keep_memory()  # starts Python again, so it comes before all that takes time
     from assay.cli import (  # noqa: F401, each adds its commands
         compare,
         convert,

@@ -61,9 +61,10 @@ def _train(run: RunSpec, folder: Path) -> Answer:
 
 def _check(model: TransformerSpec) -> Answer:
     from assay.evaluate.checks import check
-    from assay.startup import keep_compiled_programs
+    from assay.startup import compute_in_the_calling_thread, keep_compiled_programs
 
     keep_compiled_programs()
+    compute_in_the_calling_thread()
     return {"checks": [asdict(found) for found in check(model).checks]}
 
 
@@ -73,10 +74,11 @@ def _measure(run: RunSpec, steps: int = 3) -> Answer:
     import numpy as np
 
     from assay.model.transformer import abstract
-    from assay.startup import keep_compiled_programs
+    from assay.startup import compute_in_the_calling_thread, keep_compiled_programs
     from assay.train.step import initial_state, make_step
 
     keep_compiled_programs()
+    compute_in_the_calling_thread()
     rng = np.random.default_rng(0)
     shape = (run.data.batch_size, run.data.seq_len)
     batch = {

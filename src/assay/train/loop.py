@@ -27,7 +27,7 @@ from assay.model.sharding import make_mesh, parameter_shardings, partition, use_
 from assay.model.transformer import Layout, Transformer, abstract, layout, name_leaves
 from assay.spec.accounting import planned_steps, run_flops_per_token
 from assay.spec.run import RunSpec
-from assay.startup import keep_compiled_programs
+from assay.startup import compute_in_the_calling_thread, keep_compiled_programs
 from assay.train import plot, processes
 from assay.train.checkpoint import Checkpoints, write_json
 from assay.train.progress import Reporter, Silent
@@ -93,6 +93,7 @@ def train(
         return ended
 
     keep_compiled_programs()
+    compute_in_the_calling_thread()
     if jax.process_count() > 1 and run.mesh.devices != jax.device_count():
         raise AssayError(
             f"mesh: it has {run.mesh.devices} devices, but {jax.process_count()} processes have "
