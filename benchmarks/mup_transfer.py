@@ -2,8 +2,8 @@
 
     python benchmarks/mup_transfer.py --out mup-transfer.json --picture mup-transfer.png
 
-Two layers, 64 tokens a row, 8 rows, the same batches for all; rates on a grid of factors of two.
-A figure is the mean training loss over the last 20 of 120 updates.
+Two layers, 64 bytes a row, 8 rows, the same batches for all; rates on a grid of factors of two.
+A figure is the mean training loss over the last 20 of 120 updates and over 2 seeds.
 """
 
 import argparse
@@ -25,9 +25,10 @@ from assay.train.step import TrainState, make_step, optimizer_of
 WIDTHS = (64, 256)
 UPDATES, LAST = 120, 20
 ROWS, LENGTH = 8, 64
+SEEDS = (0, 1)  # of the parameters and of the batches
 GRIDS = {
     "adamw": [2.0**i / 1000 for i in range(5)],  # 0.001 ... 0.016
-    "muon": [0.005 * 2.0**i for i in range(5)],  # 0.005 ... 0.08
+    "muon": [0.005 * 2.0**i for i in range(6)],  # 0.005 ... 0.16
 }
 
 
@@ -52,16 +53,12 @@ def run_of(width: int, optimizer: str, form: str) -> RunSpec:
 
 def losses_of(run: RunSpec, rates: list[float], text: np.ndarray) -> list[float]:
     """The last training losses at each rate: the program is compiled once, the rate its input."""
-    rng = np.random.default_rng(0)
-    starts = rng.integers(0, len(text) - LENGTH - 1, (UPDATES, ROWS))
-    windows = jnp.asarray(text[starts[..., None] + np.arange(LENGTH + 1)], jnp.int32)
     model = abstract(run.model, run.compute)
     step = make_step(run, model)
     full = run.optimizer.lr
 
     @jax.jit
-    def train(rate):
-        key = jax.random.key(0)
+    def train(rate, key, windows):
         params = nnx.to_pure_dict(nnx.state(Transformer(run.model, run.compute, rngs=key)))
         state = TrainState(params, optimizer_of(run, model).init(params), jnp.int32(0), key)
 
@@ -75,9 +72,14 @@ def losses_of(run: RunSpec, rates: list[float], text: np.ndarray) -> list[float]
             )
             return TrainState(params, after.optimizer, after.step, after.key), metrics["loss"]
 
-        return jax.lax.scan(one, state, windows)[1]
+        return jnp.mean(jax.lax.scan(one, state, windows)[1][-LAST:])
 
-    return [float(np.mean(train(jnp.float32(rate))[-LAST:])) for rate in rates]
+    def loss(rate, seed):
+        starts = np.random.default_rng(seed).integers(0, len(text) - LENGTH - 1, (UPDATES, ROWS))
+        windows = jnp.asarray(text[starts[..., None] + np.arange(LENGTH + 1)], jnp.int32)
+        return float(train(jnp.float32(rate), jax.random.key(seed), windows))
+
+    return [float(np.mean([loss(rate, seed) for seed in SEEDS])) for rate in rates]
 
 
 def sweep(optimizer: str, form: str) -> dict[int, list[float]]:

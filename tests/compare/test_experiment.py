@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from assay.compare.experiment import read, resolve
+from assay.compare.experiment import read, resolve, tuned
 from assay.compare.runner import _difference, decide_jobs, reported_jobs, tuning_jobs
 from assay.compare.sizes import measure, solve
 from assay.errors import AssayError
@@ -291,6 +291,14 @@ def test_mup_tunes_each_variant_once_at_the_base_width(plan_of, tmp_path):
         assert job.run.optimizer.lr == factor * job.entry.run.optimizer.lr
         assert job.run.train.budget.amount == 10
         assert job.run.train.score == "validation"
+
+
+def test_rungs_of_other_lengths_share_a_trial(plan_of, tmp_path):
+    """Their evaluations and checkpoints are at other steps, which are no part of what is tried."""
+    plan = plan_of(HEAD + BUDGET + TWO + MUP + WIDTHS + "amount = 1e11\n")
+    assert len({entry.run.train.eval_every for entry in plan.entries}) == 2
+    rows = [("plain@narrow", "plain@wide"), ("gated@narrow", "gated@wide")]
+    assert [tuple(entry.name for entry in entries) for _, entries in tuned(plan)] == rows
 
 
 def test_a_rate_that_is_known_at_the_base_width_is_not_tuned(plan_of, tmp_path):

@@ -89,7 +89,12 @@ def plan(base=None):
 @pytest.mark.parametrize(
     ("verdicts", "base", "says"),
     [
-        (("better", "better", "undecided"), None, "a is the best of 3 with 3 seeds: 1.0000 bits"),
+        (
+            ("better", "better", "undecided"),
+            None,
+            "a is the best of 3 with 3 seeds: 1.0000 bits per byte, 0.1000 below b (95 % interval "
+            "0.0900 to 0.1100).",
+        ),
         (("undecided",) * 3, None, "No difference between a, b and c could be told with 3 seeds"),
         (("equivalent",) * 3, None, "a, b and c are equivalent, with 3 seeds"),
         (
@@ -109,6 +114,14 @@ def test_the_answer_in_words(verdicts, base, says):
     names = [("a", "b"), ("a", "c"), ("b", "c")]
     pairs = [pair(*n, -0.1, v) for n, v in zip(names, verdicts, strict=True)]
     assert says in sentence(plan(base), rows, pairs)
+
+
+def test_the_answer_of_two():
+    rows = [row("a", 1.0), row("b", 0.9)]
+    assert sentence(plan(), rows, [pair("a", "b", 0.1, "worse")]) == (
+        "b is better than a with 3 seeds: 0.9000 bits per byte, 0.1000 below (95 % interval "
+        "0.0900 to 0.1100)."
+    )
 
 
 def test_the_answer_against_a_fixed_base():

@@ -97,9 +97,10 @@ def test_the_answer_comes_first_and_every_row_is_there(html, results):
         assert f"{row.val_bpb_mean:.4f}" in shown
         low, high = row.val_bpb_ci95
         assert f"{low:.4f} to {high:.4f}" in shown
-    assert len(found.tables["pairs"]) == 1 + len(results.pairs)
-    for pair, shown in zip(results.pairs, found.tables["pairs"][1:], strict=True):
+    _, *lines = found.tables["pairs"]  # two a pair: its numbers, and why
+    for pair, shown, why in zip(results.pairs, lines[::2], lines[1::2], strict=True):
         assert pair.verdict in shown
+        assert why == [pair.reason]
         assert f"{pair.difference:+.4f}" in shown
     assert results.environment.command in text
     assert "seeds are few" in text

@@ -19,5 +19,6 @@ def test_the_best_rate_of_width_64_is_within_a_grid_step_of_that_of_256(optimize
     narrow, wide = (int(np.argmin(losses[width])) for width in transfer.WIDTHS)
     assert abs(narrow - wide) <= 1, losses
     last = len(transfer.GRIDS[optimizer]) - 1
-    assert 0 < narrow < last, f"the best lies at the end of the grid, which shows nothing: {losses}"
+    for best in (narrow, wide):
+        assert 0 < best < last, f"a best at the end of the grid shows nothing: {losses}"
     assert min(losses[256]) < min(losses[64]), "a wider model must be better"

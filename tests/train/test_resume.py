@@ -113,6 +113,18 @@ def test_a_finished_run_tells_its_result_again(run, tmp_path):
     assert train(read_run(tmp_path / "out"), tmp_path / "out", resume=True) == first
 
 
+def test_killed_between_its_last_update_and_its_result(run, tmp_path):
+    run, out = run.changed({"train.budget.amount": 3}), tmp_path / "out"
+    first, written = train(run, out), (out / "metrics.jsonl").read_text()
+    for kept in (written, written[: written.rindex("{")]):  # scored, and not yet
+        (out / "result.json").unlink()
+        (out / "metrics.jsonl").write_text(kept)
+        again = train(read_run(out), out, resume=True)
+        assert (again.train_loss, again.val_loss) == (first.train_loss, first.val_loss)
+        assert (again.steps, again.tokens, again.finished) == (3, first.tokens, True)
+        assert (out / "metrics.jsonl").read_text() == written
+
+
 def test_scanned_and_unrolled_checkpoints_load_each_other(run, tmp_path):
     """And so do meshes: a checkpoint is by layer, and by nothing else."""
     out = tmp_path / "out"

@@ -503,7 +503,8 @@ def tuned(plan: "Plan") -> list[tuple[RunSpec, tuple["Entry", ...]]]:
         run = entry.run.replace(model=narrow)
         if (steps := planned_steps(entry.run)) is not None:
             run = run.at("train.budget", {"unit": "steps", "amount": steps})
-        others = run.replace(train=entry.run.train.replace(budget=BudgetSpec()), seed=0)
+        alike = {"budget": BudgetSpec(), "eval_every": None, "checkpoint_every": None}
+        others = run.replace(train=entry.run.train.replace(**alike), seed=0)
         first, rows = groups.get(others.to_json(None), (run, ()))
         groups[others.to_json(None)] = first, (*rows, entry)
     return [*groups.values()]

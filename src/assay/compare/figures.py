@@ -1,5 +1,6 @@
 """The report's figures as files, PNG and SVG: from the report's own plain data, by Matplotlib."""
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -38,11 +39,11 @@ def draw_figures(data: Mapping[str, Any], folder: Path) -> list[Path]:
     for curve in data["curves"]:
         for axis in AXES:
             if any(axis in series["axes"] for series in curve["series"]):
-                drawn[f"{curve['kind']}-{axis}"] = _curves(curve, axis)
+                drawn[f"{curve['kind']}-{axis}"] = _curves(curve, axis, data["axes"][axis])
     if data["pairs"]:
         drawn["differences"] = _forest(data)
     if any(row["mean"] is not None for row in data["rows"]):
-        drawn["pareto"] = _pareto(data["rows"])
+        drawn["pareto"] = _pareto(data["rows"], data["costs"])
     for i, experts in enumerate(data["experts"]):
         drawn[f"experts-{i}"] = _experts(experts)
     if data["scaling"] and data["scaling"]["fits"]:
@@ -89,7 +90,7 @@ def plain(text: str) -> str:
     return text.replace("$", r"\$")
 
 
-def _curves(curve: Mapping[str, Any], axis: str) -> "Figure":
+def _curves(curve: Mapping[str, Any], axis: str, label: str) -> "Figure":
     figure, (ax,) = _new()
     for series in curve["series"]:
         if axis not in series["axes"]:
@@ -102,7 +103,7 @@ def _curves(curve: Mapping[str, Any], axis: str) -> "Figure":
             ax.fill_between(
                 found["x"], found["low"], found["high"], color=style["color"], alpha=0.18, lw=0
             )
-    ax.set_xlabel(AXES[axis])
+    ax.set_xlabel(label)
     ax.set_ylabel(curve["label"])
     ax.set_title("mean over seeds, with the planned-n 95 % band of each place", fontsize=9)
     ax.legend(frameon=False)
@@ -147,6 +148,9 @@ def _forest(data: Mapping[str, Any]) -> "Figure":
                 for end, side in zip(ends, (-1, 1), strict=True)
             )
             ax.plot([low, high], [y, y], linewidth=width, alpha=alpha, **style)
+            for end, mark in ((min(low, -reach), "<"), (max(high, reach), ">")):
+                if abs(end) > reach:  # it goes on
+                    ax.plot([math.copysign(reach, end)], [y], mark, clip_on=False, **style)
         if pair["difference"] is not None:
             ax.plot([pair["difference"]], [y], "o", markersize=6, mec="white", **style)
     ax.axvline(0, color="0.3", linewidth=1)
@@ -171,9 +175,9 @@ def _verdict_colour(verdict: str) -> str:
     return {"better": COLOURS[0], "worse": COLOURS[4], "equivalent": COLOURS[2]}.get(verdict, "0.5")
 
 
-def _pareto(rows: Sequence[Mapping[str, Any]]) -> "Figure":
+def _pareto(rows: Sequence[Mapping[str, Any]], costs: Mapping[str, str]) -> "Figure":
     figure, axes = _new(9, 7, nrows=2, ncols=2)
-    for ax, (cost, label) in zip(axes, COSTS.items(), strict=True):
+    for ax, (cost, label) in zip(axes, costs.items(), strict=True):
         shown = [row for row in rows if row["mean"] is not None and row[cost] is not None]
         for row in shown:
             error = _errors(row)
@@ -198,9 +202,9 @@ def _pareto(rows: Sequence[Mapping[str, Any]]) -> "Figure":
             zorder=0,
         )
         ax.set_xlabel(label)
-        costs = [row[cost] for row in shown]
-        if costs and max(costs) < 1.02 * min(costs):  # equal by design: no axis of last digits
-            ax.set_xlim(0.9 * min(costs), 1.1 * max(costs))
+        places = [row[cost] for row in shown]
+        if places and max(places) < 1.02 * min(places):  # equal by design: no axis of last digits
+            ax.set_xlim(0.9 * min(places), 1.1 * max(places))
         _short(ax)
     for ax in axes[::2]:
         ax.set_ylabel("held-out bits per byte")

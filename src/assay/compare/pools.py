@@ -147,18 +147,22 @@ class Ray:
     """
 
     def __init__(self, address: str, jobs: int | None, folder: Path, gpus: float = 0):
+        far = address.startswith("ray://")
+        if far and _has_token():  # Ray's client alone does not show it of itself
+            os.environ.setdefault("RAY_AUTH_MODE", "token")
         try:
-            import ray
+            import ray  # reads the environment
         except ImportError:
             raise need_extra("ray", "ray", "Running on a Ray cluster") from None
-        self.ray, far = ray, address.startswith("ray://")
+        self.ray = ray
         options: dict[str, Any] = {"address": address} if far else {}
         if far:  # the nodes have Assay's dependencies, but perhaps not this Assay
             options["runtime_env"] = {"py_modules": [str(Path(__file__).parents[1])]}
         try:
             ray.init(log_to_driver=False, logging_level="warning", **options)
         except (ConnectionError, RuntimeError, ValueError) as error:
-            raise AssayError(f"--on {address}: no cluster answers there: {error}.") from None
+            why = f"no cluster answers there, or it wants another token: {error}."
+            raise AssayError(f"--on {address}: {why}") from None
         self.jobs = jobs or max(1, int(ray.cluster_resources().get("CPU", 1)))
         self.remote = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=0)(perform_there)
         self.folder = folder.absolute()
@@ -202,6 +206,12 @@ class Ray:
     def close(self) -> None:
         (self.folder / MARK).unlink(missing_ok=True)
         self.ray.shutdown()
+
+
+def _has_token() -> bool:
+    """Whether there is a token where Ray looks for one; a cluster that was begun here may ask."""
+    named = any(name in os.environ for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
+    return named or (Path.home() / ".ray" / "auth_token").is_file()
 
 
 MARK = ".here"

@@ -552,11 +552,19 @@ def _among(names: Sequence[str], scored: Sequence[Row], pairs: Sequence[Pair], t
     best = scored[0].name
     by_pair = {(p.a, p.b): p for p in pairs} | {(p.b, p.a): p for p in pairs}
     if ranges[best][1] == 1:
-        next_best = by_pair[best, scored[1].name]
+        second = scored[1]
+        pair = by_pair[best, second.name]
+        low, high = pair.ci95 if pair.a == second.name else [_negative(v) for v in pair.ci95[::-1]]
+        among = "better" if len(names) == 2 else f"the best of {len(names)}"
+        than = f" than {second.name}" if len(names) == 2 else ""
+        below = "below" if len(names) == 2 else f"below {second.name}"
+        if low is None or high is None:
+            bounds = "interval unbounded"
+        else:
+            bounds = f"interval {low:.4f} to {high:.4f}"
         return (
-            f"{best} is the best of {len(names)} {told}: {scored[0].val_bpb_mean:.4f} bits per "
-            f"byte, {abs(next_best.difference):.4f} below {scored[1].name} "
-            f"(95 % {_bounds(next_best)})."
+            f"{best} is {among}{than} {told}: {scored[0].val_bpb_mean:.4f} bits per byte, "
+            f"{abs(pair.difference):.4f} {below} (95 % {bounds})."
         )
     decided = [pair for pair in pairs if pair.verdict in ("better", "worse")]
     if not decided:
@@ -577,6 +585,10 @@ def _among(names: Sequence[str], scored: Sequence[Row], pairs: Sequence[Pair], t
     by_all = all((name, winner) in lost for name in rest for winner in first)
     than = "" if by_all else " than at least one of them"
     return f"{text}; {_and(rest)} {'is' if len(rest) == 1 else 'are'} worse{than}."
+
+
+def _negative(number: float | None) -> float | None:
+    return None if number is None else -number
 
 
 def _by(pair: Pair) -> str:

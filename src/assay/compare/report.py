@@ -31,6 +31,12 @@ LOSS = " - loss"
 STEPS = ("Step", "step", "_step", "Epoch", "epoch", "tokens")
 UNIT = "bits per byte"
 NOTHING = "\N{EN DASH}"  # in a cell without a number
+NAMES = {
+    "flops": "training FLOPs",
+    "params": "parameters",
+    "active_params": "active parameters",
+    "flops_per_token": "FLOPs a token",
+}
 
 
 @dataclass(frozen=True)
@@ -98,11 +104,15 @@ def page_data(results: Results) -> dict[str, Any]:
         )
         if (curve := _curves(results, kind, label))["series"]
     ]
+    shared = "" if results.environment.seconds_comparable else " (on a shared machine)"
+    unit, *equal = results.design.matched
     return _plain(
         {
             "title": results.title,
             "sentence": results.sentence,
             "unit": UNIT,
+            "budget": f"{si(results.design.amount)} {NAMES.get(unit, unit)}",
+            "equal": [NAMES.get(quantity, quantity) for quantity in equal],
             "margin": results.design.margin,
             "rows": rows,
             "pairs": [
@@ -115,8 +125,8 @@ def page_data(results: Results) -> dict[str, Any]:
             "scaling": results.scaling if (results.scaling or {}).get("fits") else None,
             "decision": results.decision and results.decision.model_dump(mode="json"),
             "warnings": warnings(results),
-            "axes": figures.AXES,
-            "costs": figures.COSTS,
+            "axes": figures.AXES | {"seconds": figures.AXES["seconds"] + shared},
+            "costs": figures.COSTS | {"seconds": figures.COSTS["seconds"] + shared},
             "colours": figures.COLOURS,
             "runs_with_losses": sum(bool(run.curve) for run in results.runs),
         }
@@ -462,6 +472,7 @@ def _plotly() -> str:
 
 def _template():
     from jinja2 import Environment
+    from markupsafe import Markup, escape
 
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {
@@ -472,6 +483,7 @@ def _template():
         "p": lambda v: NOTHING if v is None else "< 0.0001" if v < 1e-4 else f"{v:.4f}",
         "share": lambda v: NOTHING if v is None else f"{v:.0%}",
         "number": lambda v: NOTHING if v is None else f"{v:.4g}",
+        "dotted": lambda path: escape(path).replace(".", Markup(".<wbr>")),  # may be broken there
     }
     return environment.from_string(_part("report.html"))
 

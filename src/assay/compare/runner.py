@@ -308,8 +308,8 @@ class Comparison:
             if best in (min(by_factor), max(by_factor)):
                 end = "lower" if best == min(by_factor) else "upper"
                 self.flags[name].append(
-                    f"its best learning rate ({best:g} of the run's) lies at the {end} end of the "
-                    f"grid; a wider one may find a better"
+                    f"its best learning rate ({best:g} times the run's) lies at the {end} end of "
+                    f"the grid; a wider one may find a better"
                 )
 
     # ---- the runs

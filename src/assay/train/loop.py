@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import TextIO
 
 import jax
 import jax.numpy as jnp
@@ -185,7 +186,7 @@ def _train(
 
     # ---- where it was
     checkpoints = Checkpoints(out / "checkpoints")
-    spent = {"seconds": 0.0, "tokens": 0.0, "window": []}
+    spent = {"seconds": 0.0, "tokens": 0.0, "window": [], "loss": None}
     if resume and checkpoints.latest() is None:
         reporter.note("There is no checkpoint yet: starting from step 0.")
     elif resume:
@@ -401,7 +402,12 @@ def _save(checkpoints: Checkpoints, state: TrainState, position, form: Layout, l
             f"{bad[0]} and {len(bad) - 1} other parameters; the learning rate may be too high. "
             f"{log.last_good()}"
         )
-    spent = {"seconds": log.clock.elapsed(), "tokens": log.tokens, "window": log.window}
+    spent = {
+        "seconds": log.clock.elapsed(),
+        "tokens": log.tokens,
+        "window": log.window,
+        "loss": log.loss,
+    }
     checkpoints.save(state, position, form, {"spent": spent})
     log.saved = int(state.step)
 
@@ -434,7 +440,7 @@ class _Log:
     ):
         self.run, self.clock, self.reporter = run, clock, reporter
         self.pending: list[tuple[int, dict]] = []
-        self.loss, self.previous, self.saved = None, None, step or None
+        self.loss, self.previous, self.saved = spent["loss"], None, step or None
         self.tokens, self.tokens_here, self.seconds_here = spent["tokens"], 0.0, 0.0
         self.since, self.window = clock.elapsed(), spent["window"]
         self.bits = None
@@ -442,7 +448,7 @@ class _Log:
             self.bits = prepared.train_tokens / prepared.train_bytes / math.log(2)
         first = processes.is_first()
         path = out / "metrics.jsonl" if first else Path(os.devnull)
-        self.file = _continue_lines(path, step) if first else path.open("w")
+        self.file, self.scored = _continue_lines(path, step) if first else (path.open("w"), None)
         self.tracker = Tracker(out, run, trackers if first else (), step)
 
     def push(self, step: int, metrics: dict) -> None:
@@ -492,8 +498,9 @@ class _Log:
         self.reporter.update(min(self.clock.share(step), 1.0), record)
 
     def evaluated(self, step: int, val: Evaluation) -> None:
-        """A line of its own for the held-out loss after a step."""
-        self._write({"step": step, "val_loss": val.loss, "val_bpb": val.bpb})
+        """A line of its own for the held-out loss after a step; none where there is one."""
+        if step != self.scored:
+            self._write({"step": step, "val_loss": val.loss, "val_bpb": val.bpb})
         self.since = self.clock.elapsed()
 
     def _write(self, record: dict) -> None:
@@ -528,9 +535,13 @@ class _Log:
         self.tracker.close()
 
 
-def _continue_lines(path: Path, step: int):
-    """The file, open behind its lines up to a step: what came after is trained again."""
-    kept = []
+def _continue_lines(path: Path, step: int) -> tuple[TextIO, int | None]:
+    """The file, open behind its lines up to a step: what came after is trained again.
+
+    And the last step whose held-out loss is in it: a run that was killed between its last line
+    and its result is scored again, but has the line.
+    """
+    kept, scored = [], None
     if path.is_file():
         for line in path.read_text().splitlines():
             try:
@@ -539,10 +550,11 @@ def _continue_lines(path: Path, step: int):
                 continue
             if record["step"] <= step:
                 kept.append(line + "\n")
+                scored = record["step"] if "val_loss" in record else scored
     new = path.with_suffix(".new")
     new.write_text("".join(kept))
     new.replace(path)
-    return path.open("a")
+    return path.open("a"), scored
 
 
 class _StopSignals:

@@ -136,7 +136,7 @@ def plot_coordinates(path: Path, forms: Sequence["Coordinates"], *, title: str) 
     """Draws a coordinate check: each part's change after each update against the width."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 4.2), dpi=110, layout="constrained")
+    figure = Figure(figsize=(9, 5), dpi=110, layout="constrained")
     axes = figure.subplots(1, len(forms), sharey=True)
     for ax, form in zip(axes, forms, strict=True):
         for i, part in enumerate(form.parts):
@@ -159,7 +159,9 @@ def plot_coordinates(path: Path, forms: Sequence["Coordinates"], *, title: str) 
         name = "muP" if form.parametrisation == "mup" else "standard parametrisation"
         ax.set_title(f"{name}, {form.optimizer}", fontsize=10)
         ax.grid(alpha=0.25)
-        ax.legend(fontsize=7, title="part (slope)", title_fontsize=7)
+        # Below: within, it would lie on a line, wherever that is.
+        below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.14), "frameon": False}
+        ax.legend(fontsize=7, title="part (slope)", title_fontsize=7, ncols=2, **below)
     updates = len(forms[0].parts[0].changes) - 1
     axes[0].set_ylabel(f"change in up to {updates} updates (RMS)")
     figure.suptitle(f"{title}: what changes more, the wider the model?", fontsize=11)

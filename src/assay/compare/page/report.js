@@ -15,9 +15,10 @@
     const n = parseInt(hex.slice(1), 16);
     return `rgba(${n >> 16},${(n >> 8) & 255},${n & 255},${alpha})`;
   };
-  const narrow = () => window.innerWidth < 640;
-  const config = { responsive: true, displaylogo: false, plotlyServerURL: "",
-    modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"] };
+  const phone = matchMedia("(max-width: 640px)"), narrow = () => phone.matches;
+  const config = () => ({ responsive: true, displaylogo: false, plotlyServerURL: "",
+    displayModeBar: narrow() ? false : undefined,  // fingers zoom without buttons
+    modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"] });
 
   function layout(more) {
     const axis = { gridcolor: css("--line"), zerolinecolor: css("--line"), automargin: true,
@@ -54,7 +55,7 @@
   const paint = (id, make) => {
     const element = at(id);
     if (!element) return;
-    const draw = () => { const [traces, shape] = make(); Plotly.react(element, traces, layout(shape), config); };
+    const draw = () => { const [traces, shape] = make(); Plotly.react(element, traces, layout(shape), config()); };
     painters.push(draw);
     draw();
     return draw;
@@ -149,6 +150,11 @@
           traces.push({ x: ends(interval), y: [i, i], mode: "lines", showlegend: false, opacity: 0.85,
             line: { color: c, width },
             hovertemplate: `${name} 95 %: ${interval.map((v) => v === null ? "∞" : v.toFixed(4)).join(" to ")}<extra></extra>` });
+        const [low, high] = ends(p.anytime95), beyond = [];  // an arrow where it goes on
+        if (low < -reach) beyond.push([-reach, "triangle-left"]);
+        if (high > reach) beyond.push([reach, "triangle-right"]);
+        traces.push({ x: beyond.map(([x]) => x), y: beyond.map(() => i), mode: "markers", showlegend: false,
+          cliponaxis: false, hoverinfo: "skip", marker: { color: c, size: 9, symbol: beyond.map(([, s]) => s) } });
         if (p.difference !== null)
           traces.push({ x: [p.difference], y: [i], mode: "markers", showlegend: false,
             marker: { color: c, size: 10, line: { color: css("--back"), width: 2 } },
@@ -182,7 +188,7 @@
         xanchor: "left", xshift: 8, yshift: byMean.indexOf(r) % 2 ? 9 : -9, font: { size: 11 } }));
       const costs = rows.map((r) => r[cost]), low = Math.min(...costs), high = Math.max(...costs);
       const alike = high < 1.02 * low;  // equal by design: no axis of last digits
-      return [traces, { annotations: names, margin: { l: 60, r: 50, t: 12, b: 44 },
+      return [traces, { annotations: names, margin: { l: 60, r: 50, t: narrow() ? 12 : 30, b: 44 },
         xaxis: { title: { text: label }, exponentformat: "SI", rangemode: "normal", nticks: alike ? 3 : 6,
           range: alike ? [0.9 * low, 1.1 * high] : undefined, tickangle: 0 },
         yaxis: { title: { text: data.unit }, nticks: 6 } }];
@@ -190,12 +196,12 @@
   }
 
   (data.experts || []).forEach((experts, n) => {
-    const layers = experts.load.length, columns = Math.min(narrow() ? 1 : 3, layers);
-    const rows = Math.ceil(layers / columns), element = at(`experts-${n}`);
-    element.style.height = `${60 + 190 * rows}px`;
+    const layers = experts.load.length, element = at(`experts-${n}`);
     element.style.minHeight = "0";
     paint(`experts-${n}`, () => {
-      const traces = [], shape = { grid: { rows, columns, pattern: "independent", ygap: 0.35 }, annotations: [] };
+      const columns = Math.min(narrow() ? 1 : 4, layers), rows = Math.ceil(layers / columns);
+      element.style.height = `${60 + 190 * rows}px`;
+      const traces = [], shape = { grid: { rows, columns, pattern: "independent", xgap: 0.3, ygap: 0.35 }, annotations: [] };
       experts.load.forEach((load, i) => {
         const s = i ? String(i + 1) : "";
         traces.push({ type: "heatmap", z: load, x: experts.steps, xaxis: `x${s}`, yaxis: `y${s}`,
@@ -240,6 +246,7 @@
     repaint();
   });
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", repaint);
+  phone.addEventListener("change", repaint);
   let before;
   addEventListener("beforeprint", () => {
     before = document.documentElement.dataset.theme;
