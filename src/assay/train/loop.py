@@ -440,7 +440,7 @@ class _Log:
     ):
         self.run, self.clock, self.reporter = run, clock, reporter
         self.pending: list[tuple[int, dict]] = []
-        self.loss, self.previous, self.saved = spent["loss"], None, step or None
+        self.loss, self.previous, self.saved = spent.get("loss"), None, step or None
         self.tokens, self.tokens_here, self.seconds_here = spent["tokens"], 0.0, 0.0
         self.since, self.window = clock.elapsed(), spent["window"]
         self.bits = None
