@@ -134,21 +134,23 @@ def _why_not_within(limit: float, compiled: Callable[[], float]) -> str | None:
     """Compiles by one step; why that failed or took longer than `limit` seconds, else None."""
 
     ended = []
+    late_message = f"it did not compile within {limit:g} seconds"
 
     def late(*_):
         ended.append(True)
         raise TimeoutError
 
     before = signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, limit)
+    # Again every 20 s: the compiler swallows what is raised in some of its parts, and goes on.
+    signal.setitimer(signal.ITIMER_REAL, limit, 20.0)
     try:
         with warnings.catch_warnings():  # the compiler's, about Python's and processors' versions
             warnings.simplefilter("ignore")
             compiled()
-        return None
+        return late_message if ended else None
     except Exception as error:  # whatever its compiler meets: there is then only eager to beat
         if ended:  # the compiler may have wrapped what was raised in it
-            return f"it did not compile within {limit:g} seconds"
+            return late_message
         message = next(filter(str.strip, str(error).splitlines()), "")
         return f"it did not compile ({type(error).__name__}: {message.strip()[:200]})"
     finally:
