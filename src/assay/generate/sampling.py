@@ -175,6 +175,18 @@ def warp(
     )
 
 
+def _largest(x: Float32[Array, "b v"]) -> Int32[Array, "b"]:
+    """The first place of each row's largest entry; the last place where one is no number.
+
+    As `argmax`, in two reductions of one number: XLA's CPU backend takes 210 microseconds for an
+    argmax of 49,152, one entry at a time.
+    """
+    places = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
+    last = x.shape[1] - 1
+    largest = jnp.max(x, axis=-1, keepdims=True)
+    return jnp.min(jnp.where(x == largest, places, last), axis=-1)
+
+
 def choose(
     logits: Float32[Array, "b v"],
     seen: Bool[Array, "b v"],
@@ -193,6 +205,6 @@ def choose(
         return jnp.argmax(warp(logits, seen, rules) + noise, axis=-1).astype(jnp.int32)
 
     penalised = penalise(logits, seen, rules.repetition_penalty)
-    greedy = jnp.argmax(penalised, axis=-1).astype(jnp.int32)
+    greedy = _largest(penalised)
     sampled = jax.lax.cond(jnp.any(rules.temperature > 0), draw, lambda: greedy)
     return jnp.where(rules.temperature > 0, sampled, greedy)

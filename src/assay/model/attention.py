@@ -14,10 +14,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Float32, Int32, Key
 
+from assay.model import native
 from assay.model.cache import LayerCache
 from assay.model.flash import fits, flash_attend, flash_kernel
 from assay.model.layers import Linear, Norm, activate, dropout, linears, use_cpu_kernels
-from assay.model.native import attend_one_query
 from assay.model.positions import alibi_bias, relative_bias, rope_tables, rotate
 from assay.model.sharding import constant_parameter, constrain, parameter, table_rows
 from assay.spec.model import Alibi, AttentionSpec, RelativeBias, Rope, ValueEmbedding, WeightInit
@@ -381,10 +381,9 @@ class Attention(nnx.Module):
             cos, sin = geometry.rotations[spec.positions, self.width]
             q, k = self._rotated(q, k, cos, sin)
         if cache is not None:
-            if self.native and self._takes_native(q):
-                token = (q[:, 0], k[:, 0], v[:, 0])
-                y, cache = attend_one_query(*token, cache, scale=self.scale, window=spec.window)
-                return self._out(y[:, None], x), cache
+            if self.native and self.is_plain():
+                y, cache = native.attend(q, k, v, cache, scale=self.scale, window=spec.window)
+                return self._out(y, x), cache
             cache = cache.append(k, v)
             k, v = cache.keys.astype(q.dtype), cache.values.astype(q.dtype)
         order = None if spec.positions.kind in ("alibi", "relative") else geometry.in_order
@@ -409,10 +408,9 @@ class Attention(nnx.Module):
         both = rotate(jnp.concatenate([q, k], axis=2), cos, sin)
         return both[:, :, : q.shape[2]], both[:, :, q.shape[2] :]
 
-    def _takes_native(self, q: Float[Array, "b t h c"]) -> bool:
-        """One query a row, which sees all that lies before it: a mask that lengths say."""
-        plain = self.spec.positions.kind not in ("alibi", "relative") and self.spec.softcap is None
-        return plain and q.shape[1] == 1
+    def is_plain(self) -> bool:
+        """Whether a query sees all that lies before it, as it is: a mask that lengths say."""
+        return self.spec.positions.kind not in ("alibi", "relative") and self.spec.softcap is None
 
     def _takes_flash(self, q, causal, key) -> bool:
         spec = self.spec

@@ -9,7 +9,8 @@ On a CPU (docs/performance.md has the figures):
 - int8 weights lie as (N, K), with a factor for each output. The rows are quantised too, each by
   its largest entry: XLA has a fast product of int8 with int8 and none of int8 with floats;
 - where `native.py` could be compiled, all three are packed for its products instead, which read
-  them at the speed of memory, and its attention reads no slot but those that are filled.
+  them at the speed of memory, and its attention reads no slot but those that are filled. Each
+  half of a block is then one call where C++ has all that it is made of (`NativeBlock`).
 
 A tied head gets a copy of the embedding in its own form. Experts and routers stay as they are.
 
@@ -26,8 +27,15 @@ from jaxtyping import Array, Float, Float32, Int8, Int32
 
 from assay.model import native
 from assay.model.attention import Attention
-from assay.model.layers import Linear, Mlp, along_last, use_cpu_kernels
-from assay.model.transformer import Head, Transformer, abstract, merge_named, named_parameters
+from assay.model.layers import Linear, Mlp, Norm, along_last, use_cpu_kernels
+from assay.model.transformer import (
+    Block,
+    Head,
+    Transformer,
+    abstract,
+    merge_named,
+    named_parameters,
+)
 
 Weights = Literal["float32", "bfloat16", "int8"]
 WEIGHTS = ("float32", "bfloat16", "int8")
@@ -80,10 +88,8 @@ class Projection(nnx.Module):
 
     def _product(self, x: Float[Array, "r k"]) -> Float[Array, "r n"]:
         w = self.w[...]
-        if self.native and self.weights == "int8":
-            return native.product_int8(x, w, self.factor[...])
         if self.native:
-            return native.product(x, w, self.fan_out)
+            return native.product(x, w, self.fan_out, factor=self._factor())
         match self.weights:
             case "float32":
                 return jnp.einsum("rk,kn->rn", x, w)
@@ -96,9 +102,110 @@ class Projection(nnx.Module):
                 )[: x.shape[0]]
                 return y.astype(jnp.float32) * factor[:, None] * self.factor[...][None, :]
 
+    def _factor(self) -> Float32[Array, "n"] | None:
+        return None if self.factor is None else self.factor[...]
+
+    def packed(self) -> native.Packed:
+        """As the calls of a block's half take it."""
+        return native.Packed(self.w[...], self._factor(), None if self.b is None else self.b[...])
+
 
 def _two_rows(x: Array) -> Array:
     return jnp.pad(x, ((0, 1), (0, 0))) if x.shape[0] == 1 else x
+
+
+class NativeBlock(nnx.Module):
+    """A block of which each half is one call of `native.py`, where that has all it is made of.
+
+    Norm before, sum after, and between them an attention without norms of its heads, or an MLP of
+    one hidden layer. All else is the block's own.
+    """
+
+    def __init__(self, block: Block):
+        self.block = block
+        plain = block.multiplier == 1.0
+        self.attends = plain and _half_attends(block)
+        self.feeds = plain and _half_feeds(block)
+
+    def __call__(self, x, geometry, cache=None, key=None, *, source=None, real=None, train=False):
+        """As `Block`'s."""
+        block = self.block
+        if cache is None or key is not None:
+            how = {"source": source, "real": real, "train": train}
+            return block(x, geometry, cache, key, **how)
+        attended = self._attended if self.attends else block.attended
+        x, cache = attended(x, geometry, cache)
+        if self.feeds:
+            return self._fed(x), cache, None
+        if block.feed_forward is None:
+            return x, cache, None
+        x, routing = block.fed(x, real=real, train=train)
+        return x, cache, routing
+
+    def _attended(self, x, geometry, cache):
+        attention, rotation = self.block.attention, None
+        if attention.spec.positions.kind == "rope":
+            tables = geometry.rotations[attention.spec.positions, attention.width]
+            shape = (*x.shape[:2], attention.width // 2)
+            rotation = tuple(jnp.broadcast_to(t if t.ndim == 3 else t[None], shape) for t in tables)
+        return native.attention_half(
+            x,
+            _normalisation(self.block.attention_norm),
+            attention.qkv.packed(),
+            attention.o.packed(),
+            rotation,
+            cache,
+            heads=attention.spec.heads,
+            scale=attention.scale,
+            window=attention.spec.window,
+        )
+
+    def _fed(self, x):
+        mlp, norm = self.block.feed_forward, self.block.feed_forward_norm
+        gated = mlp.gate_up is not None
+        y = native.mlp_half(
+            x.reshape(-1, x.shape[-1]),
+            _normalisation(norm),
+            (mlp.gate_up if gated else mlp.up[0]).packed(),
+            mlp.down.packed(),
+            activation=mlp.activation,
+            gated=gated,
+        )
+        return y.reshape(x.shape)
+
+
+def _half_attends(block: Block) -> bool:
+    attention = block.attention
+    if not isinstance(attention, Attention) or block.attention_norm is None:
+        return False
+    more = (attention.q_norm, attention.k_norm, attention.gate, attention.value_embedding)
+    return (
+        all(part is None for part in (*more, block.attention_post_norm))
+        and attention.is_plain()
+        and _are_native(attention.qkv, attention.o)
+    )
+
+
+def _half_feeds(block: Block) -> bool:
+    mlp = block.feed_forward
+    if not isinstance(mlp, Mlp) or block.feed_forward_norm is None:
+        return False
+    first = [mlp.gate_up] if mlp.gate_up is not None else list(mlp.up)
+    return (
+        block.feed_forward_post_norm is None
+        and mlp.activation in native.ACTIVATIONS
+        and len(first) == 1
+        and _are_native(*first, mlp.down)
+    )
+
+
+def _are_native(*projections: Projection | None) -> bool:
+    return all(p is not None and p.native for p in projections)
+
+
+def _normalisation(norm: Norm) -> native.Normalisation:
+    scale, bias = (None if p is None else p[...] for p in (norm.scale, norm.bias))
+    return native.Normalisation(scale, bias, norm.epsilon, norm.centred)
 
 
 def prepare(
@@ -133,6 +240,9 @@ def prepare(
             _prepare_attention(layer.attention, weights, native_calls)
         if isinstance(layer.feed_forward, Mlp):
             _prepare_mlp(layer.feed_forward, weights, native_calls)
+    if native_calls:
+        crosses = any(layer.cross is not None for layer in model.layers)
+        model.layers = model.layers if crosses else nnx.List(map(NativeBlock, model.layers))
     if model.head is not None:
         _prepare_head(model.head, model.embedding.table[...], weights, native_calls)
     return model

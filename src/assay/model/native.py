@@ -1,12 +1,12 @@
-"""Decoding's two hot loops in C++ (`native.cc`), compiled here where there is a compiler.
+"""Decoding's hot loops in C++ (`native.cc`), compiled here where there is a compiler.
 
 XLA's CPU backend reads weights of fewer bits no faster than a third of what memory gives, and
-runs the attention of one query as a row of small programs. Where a C++ compiler and AVX-512 with
-bfloat16 and VNNI are at hand, `native.cc` is compiled once (seconds) into the cache folder and
-called through JAX's FFI; elsewhere, and with `ASSAY_NATIVE=0`, nothing is compiled, and XLA
-computes the same. docs/performance.md has the figures of both.
+runs the attention of one query, norms and activations as rows of small programs. Where a C++
+compiler and AVX-512 with bfloat16 and VNNI are at hand, `native.cc` is compiled once (seconds)
+into the cache folder and called through JAX's FFI; elsewhere, and with `ASSAY_NATIVE=0`, nothing
+is compiled, and XLA computes the same. docs/performance.md has the figures of both.
 
-Axes: R rows, K fan-in, N fan-out, B batch, H heads, G kv heads, S slots, C head width.
+Axes: R rows, K fan-in, N fan-out, B batch, D model, H heads, G kv heads, S slots, C head width.
 """
 
 import ctypes
@@ -17,6 +17,7 @@ import subprocess
 import tempfile
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,10 +28,12 @@ from assay.data import cache as files
 from assay.model.cache import LayerCache
 
 SOURCE = Path(__file__).with_name("native.cc")
-CALLS = ("product_float32", "product_bfloat16", "product_int8", "attend_one_query")
+CALLS = ("product", "attend", "attention_half", "mlp_half")
 FLAGS = ("-O3", "-march=native", "-std=c++20", "-shared", "-fPIC", "-pthread", "-w")
 TILE = 48
 """Outputs that lie side by side in packed weights."""
+ACTIVATIONS = ("silu", "gelu_tanh", "relu", "relu_squared")
+"""Those that are written in C++, by their number there."""
 
 
 @lru_cache(maxsize=1)
@@ -118,41 +121,120 @@ def unpack(packed: Array, n: int) -> Array:
     return w
 
 
-def product(x: Float[Array, "r k"], packed: Array, n: int) -> Float[Array, "r n"]:
-    """x w for a packed w of x's dtype, summed in float32."""
+class Packed(NamedTuple):
+    """A packed weight, the factor of each output where it is int8, and perhaps a bias."""
+
+    w: Array
+    factor: Float32[Array, "n"] | None = None
+    bias: Float32[Array, "n"] | None = None
+
+
+class Normalisation(NamedTuple):
+    """A LayerNorm (`centred`) or an RMSNorm."""
+
+    scale: Float32[Array, "d"] | None
+    bias: Float32[Array, "d"] | None
+    epsilon: float
+    centred: bool
+
+
+def product(
+    x: Float[Array, "r k"], packed: Array, n: int, factor: Float32[Array, "n"] | None = None
+) -> Float[Array, "r n"]:
+    """x w for a packed w of x's dtype, summed in float32; or of int8, with a factor an output.
+
+    For int8 x is quantised too, row by row.
+    """
     result = jax.ShapeDtypeStruct((x.shape[0], n), x.dtype)
-    return _call(f"product_{x.dtype.name}", result)(x, packed)
+    return _call("product", result)(x, packed, _or_nothing(factor))
 
 
-def product_int8(
-    x: Float[Array, "r k"], packed: Array, factor: Float32[Array, "n"]
-) -> Float32[Array, "r n"]:
-    """x w for a packed int8 w with a factor for each output; x is quantised row by row."""
-    result = jax.ShapeDtypeStruct((x.shape[0], factor.shape[0]), jnp.float32)
-    return _call("product_int8", result)(x.astype(jnp.float32), packed, factor)
-
-
-def attend_one_query(
-    q: Float[Array, "b h c"],
-    k: Float[Array, "b g c"],
-    v: Float[Array, "b g c"],
+def attend(
+    q: Float[Array, "b t h c"],
+    k: Float[Array, "b t g c"],
+    v: Float[Array, "b t g c"],
     cache: LayerCache,
     *,
     scale: float,
     window: int | None = None,
-) -> tuple[Float[Array, "b h c"], LayerCache]:
-    """Appends a token to each row of the cache, and attends to the row from it.
+) -> tuple[Float[Array, "b t h c"], LayerCache]:
+    """Appends T tokens to each row of the cache, and attends to the row from them.
 
-    softmax(q k^T scale) v over the row's valid slots, `window` of them at most; all sums are in
-    float32, and no other slot is read. The cache's memory is changed in place.
+    softmax(q k^T scale) v over the slots up to a token's own, `window` of them at most; all sums
+    are in float32, and no other slot is read. The cache's memory is changed in place.
     """
     kept = (cache.keys, cache.values)
     results = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, *kept)]
-    call = _call("attend_one_query", results, input_output_aliases={3: 1, 4: 2})
+    call = _call("attend", results, input_output_aliases={3: 1, 4: 2})
+    y, keys, values = call(q, k, v, *kept, cache.lengths, **_of_attention(scale, window))
+    return y, LayerCache(keys, values, cache.lengths + q.shape[1])
+
+
+def attention_half(
+    x: Float[Array, "b t d"],
+    norm: Normalisation,
+    qkv: Packed,
+    out: Packed,
+    rotation: tuple[Float32[Array, "b t half"], Float32[Array, "b t half"]] | None,
+    cache: LayerCache,
+    *,
+    heads: int,
+    scale: float,
+    window: int | None = None,
+) -> tuple[Float[Array, "b t d"], LayerCache]:
+    """x + out(attention(qkv(norm(x)))), q and k rotated where a rotation is given.
+
+    The cache is treated as by `attend`. What lies between is rounded to x's dtype, as it is when
+    each step is a call of its own.
+    """
+    kept = (cache.keys, cache.values)
+    results = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in (x, *kept)]
+    arrays = (x, *_arrays(norm, qkv, out), *map(_or_nothing, rotation or (None, None)))
+    first = len(arrays)
+    call = _call("attention_half", results, input_output_aliases={first: 1, first + 1: 2})
+    y, keys, values = call(
+        *arrays,
+        *kept,
+        cache.lengths,
+        **_of_norm(norm),
+        heads=np.int64(heads),
+        **_of_attention(scale, window),
+    )
+    return y, LayerCache(keys, values, cache.lengths + x.shape[1])
+
+
+def mlp_half(
+    x: Float[Array, "r d"],
+    norm: Normalisation,
+    up: Packed,
+    down: Packed,
+    *,
+    activation: str,
+    gated: bool,
+) -> Float[Array, "r d"]:
+    """x + down(activation(up(norm(x)))); gated, `up` makes the gate and what it multiplies."""
+    result = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    how = {"gated": gated, "activation": np.int64(ACTIVATIONS.index(activation))}
+    return _call("mlp_half", result)(x, *_arrays(norm, up, down), **_of_norm(norm), **how)
+
+
+def _arrays(norm: Normalisation, *weights: Packed) -> tuple[Array, ...]:
+    packed = (array for weight in weights for array in (weight.w, *weight[1:]))
+    return tuple(map(_or_nothing, (norm.scale, norm.bias, *packed)))
+
+
+def _or_nothing(array: Array | None) -> Array:
+    """An array of no entries stands for none."""
+    return jnp.zeros((0,), jnp.float32) if array is None else array
+
+
+def _of_norm(norm: Normalisation) -> dict[str, np.float32 | bool]:
+    return {"epsilon": np.float32(norm.epsilon), "centred": norm.centred}
+
+
+def _of_attention(scale: float, window: int | None) -> dict[str, np.number]:
     most = np.iinfo(np.int32).max if window is None else window
-    how = {"window": np.int64(most), "scale": np.float32(scale)}
-    y, keys, values = call(q, k, v, *kept, cache.lengths, **how)
-    return y, LayerCache(keys, values, cache.lengths + 1)
+    return {"window": np.int64(most), "scale": np.float32(scale)}
 
 
 def _call(name: str, results, **options):

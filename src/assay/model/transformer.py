@@ -189,9 +189,7 @@ class Block(nnx.Module):
         keys = (None,) * 3 if key is None else jax.random.split(key, 3)
         routing = None
         if self.attention is not None:
-            y = x if self.attention_norm is None else self.attention_norm(x)
-            y, cache = self.attention(y, geometry, cache, keys[0])
-            x = self._add(x, y, self.attention_post_norm, keys[1])
+            x, cache = self.attended(x, geometry, cache, keys[:2])
         if self.cross is not None:
             weights_key, cross_key = (None,) * 2
             if key is not None:
@@ -201,14 +199,24 @@ class Block(nnx.Module):
             y = self.cross.read(y, made, geometry.source, weights_key)
             x = self._add(x, y, self.cross_post_norm, cross_key)
         if self.feed_forward is not None:
-            y = x if self.feed_forward_norm is None else self.feed_forward_norm(x)
-            if isinstance(self.feed_forward, Moe):
-                noise = None if key is None else jax.random.fold_in(keys[2], 1)
-                y, routing = self.feed_forward(y, real=real, key=noise, train=train)
-            else:
-                y = self.feed_forward(y)
-            x = self._add(x, y, self.feed_forward_post_norm, keys[2])
+            x, routing = self.fed(x, keys[2], real=real, train=train)
         return x, cache, routing
+
+    def attended(self, x, geometry, cache, keys=(None, None)):
+        """x after its attention, and the cache."""
+        y = x if self.attention_norm is None else self.attention_norm(x)
+        y, cache = self.attention(y, geometry, cache, keys[0])
+        return self._add(x, y, self.attention_post_norm, keys[1]), cache
+
+    def fed(self, x, key=None, *, real=None, train=False):
+        """x after its feed-forward, and what its router did."""
+        y, routing = x if self.feed_forward_norm is None else self.feed_forward_norm(x), None
+        if isinstance(self.feed_forward, Moe):
+            noise = None if key is None else jax.random.fold_in(key, 1)
+            y, routing = self.feed_forward(y, real=real, key=noise, train=train)
+        else:
+            y = self.feed_forward(y)
+        return self._add(x, y, self.feed_forward_post_norm, key), routing
 
     def _add(self, x, y, post_norm, key):
         """x + y, with the norm that follows: of the sum (2017), or of y alone (Gemma 2)."""
