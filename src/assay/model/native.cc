@@ -454,17 +454,20 @@ __m512 Exp(__m512 x) {
 }
 
 // The sums across each of 16 registers, in one: lane i has that of sum[i].
-__m512 Across(const __m512* sum) {
+[[gnu::always_inline]] inline __m512 Across(const __m512* sum) {
   __m512 two[8], four[4], of[2];
+#pragma GCC unroll 8
   for (int i = 0; i < 8; ++i) {
     two[i] = _mm512_add_ps(_mm512_unpacklo_ps(sum[2 * i], sum[2 * i + 1]),
                            _mm512_unpackhi_ps(sum[2 * i], sum[2 * i + 1]));
   }
+#pragma GCC unroll 8
   for (int i = 0; i < 4; ++i) {
     __m512d a = _mm512_castps_pd(two[2 * i]), b = _mm512_castps_pd(two[2 * i + 1]);
     four[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)),
                             _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
   }
+#pragma GCC unroll 8
   for (int i = 0; i < 2; ++i) {
     of[i] = _mm512_add_ps(_mm512_shuffle_f32x4(four[2 * i], four[2 * i + 1], 0x88),
                           _mm512_shuffle_f32x4(four[2 * i], four[2 * i + 1], 0xdd));
@@ -481,26 +484,34 @@ struct Shape {
   int64_t stride() const { return kv_heads * width; }
 };
 
+template <class Kept>
+void Prefetch(const Kept* from, int64_t count) {
+  for (int64_t i = 0; i < count; i += 64 / sizeof(Kept)) {
+    _mm_prefetch(reinterpret_cast<const char*>(from + i), _MM_HINT_T1);
+  }
+}
+
 // One query with 16 slots that lie `stride` apart: those behind `last` count as it does.
 template <class X, class Last>
 __m512 Scores(const X* query, const float* key, int64_t width, int64_t stride, Last last) {
-  __m512 sum[16] = {};
+  const float* row[16];
+  __m512 sum[16];
+#pragma GCC unroll 16
+  for (int64_t s = 0; s < 16; ++s) {
+    row[s] = key + std::min<int64_t>(s, last) * stride;
+    sum[s] = _mm512_setzero_ps();
+  }
   int64_t c = 0;
   for (; c + 16 <= width; c += 16) {
     __m512 q = Load(query + c);
 #pragma GCC unroll 16
-    for (int64_t s = 0; s < 16; ++s) {
-      sum[s] = _mm512_fmadd_ps(q, Load(key + std::min<int64_t>(s, last) * stride + c), sum[s]);
-    }
+    for (int64_t s = 0; s < 16; ++s) sum[s] = _mm512_fmadd_ps(q, Load(row[s] + c), sum[s]);
   }
   if (c < width) {
     __mmask16 mask = Mask(width - c);
     __m512 q = Load(query + c, mask);
 #pragma GCC unroll 16
-    for (int64_t s = 0; s < 16; ++s) {
-      __m512 k = Load(key + std::min<int64_t>(s, last) * stride + c, mask);
-      sum[s] = _mm512_fmadd_ps(q, k, sum[s]);
-    }
+    for (int64_t s = 0; s < 16; ++s) sum[s] = _mm512_fmadd_ps(q, Load(row[s] + c, mask), sum[s]);
   }
   return Across(sum);
 }
@@ -512,9 +523,10 @@ __m512 Scores(const X* query, const float* key, int64_t width, int64_t stride, i
   return Scores<X, decltype(whole)>(query, key, width, stride, whole);
 }
 
-// The values' sum by the weights of R heads: `to` has a row of `lanes` for each.
+// The values' sum by the weights of R heads: `to` has a row of `lanes` for each. What lies at `next`
+// as the values do is asked for meanwhile.
 template <int R, class Kept>
-void Sum(const float* weights, const Kept* value, int64_t count, int64_t width, int64_t stride,
+void Sum(const float* weights, const Kept* value, const Kept* next, int64_t count, int64_t width, int64_t stride,
          int64_t lanes, float* to) {
   int64_t c = 0;
   for (; c + 64 <= width; c += 64) {
@@ -522,6 +534,7 @@ void Sum(const float* weights, const Kept* value, int64_t count, int64_t width, 
     for (int64_t s = 0; s < count; ++s) {
       __m512 v[4];
       for (int i = 0; i < 4; ++i) v[i] = Load(value + s * stride + c + 16 * i);
+      if (next != nullptr) Prefetch(next + s * stride + c, 64);
       for (int r = 0; r < R; ++r) {
         __m512 weight = _mm512_set1_ps(weights[r * kSlots + s]);
         for (int i = 0; i < 4; ++i) of[r][i] = _mm512_fmadd_ps(weight, v[i], of[r][i]);
@@ -541,13 +554,6 @@ void Sum(const float* weights, const Kept* value, int64_t count, int64_t width, 
       }
     }
     for (int r = 0; r < R; ++r) _mm512_storeu_ps(to + r * lanes + c, of[r]);
-  }
-}
-
-template <class Kept>
-void Prefetch(const Kept* from, int64_t count) {
-  for (int64_t i = 0; i < count; i += 64 / sizeof(Kept)) {
-    _mm_prefetch(reinterpret_cast<const char*>(from + i), _MM_HINT_T0);
   }
 }
 
@@ -593,7 +599,6 @@ void AttendOne(const Shape& of, const X* q, const X* k, const X* v, int64_t q_ap
     }
     const Kept* key = keys + (b * of.slots + first) * stride;
     const Kept* value = values + (b * of.slots + first) * stride;
-    int64_t ahead = std::min(kSlots, end - first - count) * stride;  // the next task's keys
     static thread_local std::vector<float> of_scores, of_wide;
     float* scores = Scratch(of_scores, heads * kSlots);
     // bfloat16 is widened once for all the queries of a kv head.
@@ -602,14 +607,15 @@ void AttendOne(const Shape& of, const X* q, const X* k, const X* v, int64_t q_ap
     for (int64_t s = 0; s < count; s += 16) {
       int64_t last = std::min<int64_t>(count - s, 16) - 1;
       for (int64_t g = 0; g < of.kv_heads; ++g) {
-        int64_t piece = (last + 1) * stride / of.kv_heads;  // of what is asked for meanwhile
-        Prefetch(value + s * stride + g * piece, piece);
+        int64_t piece = (last + 1) * stride / heads;  // of what is asked for meanwhile
         const Kept* of_head = key + s * stride + g * width;
         if (narrow) {
           for (int64_t i = 0; i <= last; ++i) Widen(of_head + i * stride, width, wide + i * width);
         }
         for (int64_t h = g * group; h < (g + 1) * group; ++h) {
           const X* query = q + b * q_apart + h * width;
+          Prefetch(value + s * stride + h * piece, piece);
+          Prefetch(key + (s + 32) * stride + h * piece, piece);
           __m512 score;
           if constexpr (narrow) {
             score = Scores(query, wide, width, width, last);
@@ -638,11 +644,11 @@ void AttendOne(const Shape& of, const X* q, const X* k, const X* v, int64_t q_ap
       totals[(b * heads + h) * filled + part] = _mm512_reduce_add_ps(total);
     }
     for (int64_t g = 0; g < of.kv_heads; ++g) {
-      Prefetch(key + kSlots * stride + g * ahead / of.kv_heads, ahead / of.kv_heads);
       for (int64_t h = g * group; h < (g + 1) * group;) {
         float* to = sums + (task * heads + h) * lanes;
         auto some = [&]<int R>(std::integral_constant<int, R>) {
-          Sum<R>(scores + h * kSlots, value + g * width, count, width, stride, lanes, to);
+          const Kept* next = h == g * group ? key + kSlots * stride + g * width : nullptr;
+          Sum<R>(scores + h * kSlots, value + g * width, next, count, width, stride, lanes, to);
           h += R;
         };
         switch (std::min<int64_t>((g + 1) * group - h, 4)) {
