@@ -74,12 +74,19 @@ def test_show_tells_what_mup_changes(last_json, assay):
 @pytest.mark.parametrize(
     ("arguments", "found"),
     [
-        (["--widths", "64,wide"], "give numbers"),
-        (["--out", "picture.gif"], "name a .png or a .svg"),
+        (["check", "nano", "--coordinates", "--widths", "64,wide"], "give numbers"),
+        (["check", "nano", "--coordinates", "--out", "picture.gif"], "name a .png or a .svg"),
+        (["check", "nano", "--coordinates", "--out", "there.png"], "nothing is overwritten"),
+        (["bench", "growth", "--plot", "picture.gif"], "name a .png or a .svg"),
+        (["bench", "growth", "--plot", "there.png"], "nothing is overwritten"),
     ],
 )
-def test_a_coordinate_check_refuses_what_it_cannot_do(assay, arguments, found):
-    status, out, err = assay("check", "nano", "--coordinates", *arguments)
+def test_what_cannot_be_done_is_refused_before_minutes_are_spent(
+    assay, arguments, found, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there.png").touch()
+    status, out, err = assay(*arguments)
     assert (status, out) == (2, "")
     assert found in err
 

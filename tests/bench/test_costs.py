@@ -66,10 +66,6 @@ def test_growth_is_measured_and_drawn(monkeypatch, tmp_path):
     path = tmp_path / "growth.svg"
     plot_growth([grown], path, "a step")
     assert "<svg" in path.read_text()
-    with pytest.raises(AssayError, match="nothing is overwritten"):
-        plot_growth([grown], path, "a step")
-    with pytest.raises(AssayError, match="must end in"):
-        plot_growth([grown], tmp_path / "growth.txt", "a step")
     many = [Growth("width", "d", (1, 2), (1.0, 2.0), (1.0,), 1.0, None)] * 5
     plot_growth(many, tmp_path / "many.png", "five panels")
     assert (tmp_path / "many.png").stat().st_size > 10_000

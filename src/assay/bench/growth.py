@@ -15,7 +15,6 @@ import numpy as np
 
 from assay.bench.timing import seconds
 from assay.bench.train import jax_step
-from assay.errors import AssayError
 from assay.spec.model import (
     AttentionSpec,
     BlockSpec,
@@ -125,25 +124,8 @@ def bench_growth(
     return grown
 
 
-def refuse_plot(path: Path) -> None:
-    """To be asked before minutes are measured, too.
-
-    Raises:
-        AssayError: if the file is there already, or is neither .png nor .svg.
-    """
-    if path.exists():
-        raise AssayError(f"--plot {path}: it is there already, and nothing is overwritten.")
-    if path.suffix not in (".png", ".svg"):
-        raise AssayError(f"--plot {path}: the name must end in .png or .svg.")
-
-
 def plot_growth(grown: list[Growth], path: Path, title: str) -> None:
-    """Time against size on logarithmic axes, a panel each, with the slope of every doubling.
-
-    Raises:
-        AssayError: as `refuse_plot`.
-    """
-    refuse_plot(path)
+    """Time against size on logarithmic axes, a panel each, with the slope of every doubling."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullFormatter, ScalarFormatter
 

@@ -114,3 +114,17 @@ def next_folder(name: str) -> Path:
     while (folder := Path("runs") / f"{name}-{number}").exists():
         number += 1
     return folder
+
+
+def refuse_picture(option: str, path: Path | None) -> None:
+    """To be asked before minutes are spent on what the picture shows.
+
+    Raises:
+        AssayError: if the file is there already, or is neither .png nor .svg.
+    """
+    if path is None:
+        return
+    if path.suffix not in (".png", ".svg"):
+        raise AssayError(f"{option} {path}: name a .png or a .svg.")
+    if path.exists():
+        raise AssayError(f"{option} {path}: it is there already, and nothing is overwritten.")

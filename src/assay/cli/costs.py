@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from assay.cli.application import emit, out
+from assay.cli.application import emit, out, refuse_picture
 
 if TYPE_CHECKING:
     from assay.spec.run import RunSpec
@@ -51,10 +51,9 @@ def bench_loop(model: str, run: "RunSpec", as_json: bool) -> None:
 
 
 def bench_growth(dtype: str, plot: Path | None, rounds: int, as_json: bool) -> None:
-    from assay.bench.growth import bench_growth, plot_growth, refuse_plot
+    from assay.bench.growth import bench_growth, plot_growth
 
-    if plot is not None:
-        refuse_plot(plot)
+    refuse_picture("--plot", plot)
 
     def tell(growth) -> None:
         if as_json:

@@ -19,6 +19,7 @@ from assay.cli.application import (
     changes_of,
     emit,
     out,
+    refuse_picture,
 )
 from assay.errors import AssayError
 
@@ -430,10 +431,7 @@ def _check_coordinates(
 
     if not all(width.strip().isdigit() for width in widths.split(",")):
         raise AssayError(f"--widths: found '{widths}'; give numbers, as in 64,128,256.")
-    if picture is not None and picture.suffix not in (".png", ".svg"):
-        raise AssayError(f"--out: found '{picture}'; name a .png or a .svg.")
-    if picture is not None and picture.exists():
-        raise AssayError(f"--out: {picture} is there already; name another.")
+    refuse_picture("--out", picture)
     run = run_of(model).changed(changes)
     standard, mup = check_coordinates(run, [int(width) for width in widths.split(",")], updates)
     if not as_json:
