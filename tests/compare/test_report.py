@@ -161,6 +161,15 @@ def test_any_name_is_safe(tmp_path):
     assert embedded({"a": "</script>"}).count("<") == 0
 
 
+def test_no_name_is_hidden_from_a_legend(tmp_path):
+    """Matplotlib leaves out labels that begin with an underscore."""
+    runs = [{"name": name, "x": [0, 1], "y": [2, 1], "index": [0, 1]} for name in ("_a", "b")]
+    figures.draw_series(runs, "step", tmp_path)
+    drawn = (tmp_path / "losses.svg").read_text()
+    assert "<!--  _a -->" in drawn
+    assert "<!-- b -->" in drawn
+
+
 def test_every_figure_is_a_png_and_an_svg(written):
     drawn, out = written
     names = {path.name for path in drawn.figures}

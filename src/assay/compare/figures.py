@@ -86,8 +86,9 @@ def _short(ax) -> None:
 
 
 def plain(text: str) -> str:
-    """A name as Matplotlib should draw it: no mathematics in it."""
-    return text.replace("$", r"\$")
+    """A name as Matplotlib should draw it: no mathematics in it, and not hidden from legends."""
+    text = text.replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text
 
 
 def _curves(curve: Mapping[str, Any], axis: str, label: str) -> "Figure":
