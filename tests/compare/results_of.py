@@ -14,6 +14,7 @@ from assay.compare.results import (
     RunRecord,
     Solution,
 )
+from assay.compare.scaling import Ladder, study
 from assay.compare.statistics import all_pairs, anytime_interval, compare_pairs, mean_interval
 from assay.spec import presets
 
@@ -165,4 +166,42 @@ def _run(name, seed, final, points, random, experts) -> RunRecord:
         val_bpb=final,
         curve=tuple(curve),
         experts=loads,
+    )
+
+
+SIZES = (
+    *((5e4, 2e5, 1e11), (8e4, 1.4e5, 1e11), (16e4, 8e4, 1e11)),
+    *((8e4, 4.4e5, 3e11), (16e4, 2.4e5, 3e11), (26e4, 1.5e5, 3e11)),
+    *((16e4, 7.2e5, 9e11), (26e4, 4.6e5, 9e11), (54e4, 2.4e5, 9e11)),
+)
+
+
+def make_ladder(sizes=SIZES, target=1e14) -> Results:
+    """Two variants at sizes (N, D, C), two seeds each, on a law with a least between them."""
+    plain = make_results(names=("dense", "moe"), seeds=(0, 1), points=12)
+    random = np.random.default_rng(0)
+    rows, runs, ladders = [], [], {}
+    for n, d, c in sizes:
+        rung = f"n{n / 1000:g}-c{c:g}"
+        for row, better in zip(plain.rows, (0.0, 0.03), strict=True):
+            loss = 1.2 + 30 * n**-0.35 + 180 * d**-0.5 - better
+            values = loss + 0.003 * random.standard_normal(2)
+            at = {"rung": rung, "params": int(n), "active_params": int(n), "train_flops": c}
+            scores = {"val_bpb_mean": float(values.mean()), "rank": 2 - (better > 0)}
+            scores["val_bpb_ci95"] = finite(mean_interval(values))
+            rows.append(row.replace(name=f"{row.variant}@{rung}", tokens=d, **at, **scores))
+            for run in plain.runs:
+                if run.variant == row.variant:
+                    of_run = {"name": f"{rows[-1].name}-s{run.seed}", "tokens": int(d)}
+                    of_run["val_bpb"] = float(values[run.seed])
+                    runs.append(run.replace(**at, **of_run))
+            ladders.setdefault(row.variant, []).extend((n, d, c, y) for y in values)
+    found = {name: Ladder.of(*zip(*places, strict=True)) for name, places in ladders.items()}
+    amounts = {row.rung: {"amount": row.train_flops} for row in rows}
+    return plain.replace(
+        rows=tuple(rows),
+        runs=tuple(runs),
+        pairs=(),
+        scaling=study(found, target, resamples=6),
+        experiment={"ladder": amounts},
     )

@@ -3,12 +3,14 @@
 import json
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from tests.compare.results_of import make_results
+from tests.compare.results_of import make_ladder, make_results
 
+from assay.cli.compare import _print
 from assay.compare import figures
 from assay.compare.block_diagram import draw_diagram
 from assay.compare.curves import smooth
@@ -127,7 +129,7 @@ def test_each_figure_has_a_place_and_the_data_are_in_the_page(html, results):
     assert [series["name"] for series in data["curves"][0]["series"]] == ["dense", "gqa", "moe"]
     assert {*data["curves"][0]["series"][0]["axes"]} == {"tokens", "flops", "seconds"}
     script = found.scripts["text/javascript"][-1]
-    for name in set(re.findall(r'at\("([a-z-]+)"\)', script)) - {"series", "scaling"}:
+    for name in set(re.findall(r'at\("([a-z-]+)"\)', script)) - {"series", "scaling", "isoflops"}:
         assert name in found.ids
     assert "smoothed: moving average, weight" in script
 
@@ -271,6 +273,27 @@ def test_scaling_fits_are_shown(results, tmp_path):
     assert "moe has no fit" in " ".join(found.text)
     names = {path.name for path in figures.draw_figures(data, tmp_path)}
     assert "scaling.svg" in names
+
+
+def test_a_ladder_is_in_its_order_and_its_last_rung_is_drawn(tmp_path, capsys):
+    ladder = make_ladder()
+    data = page_data(ladder)
+    assert data["budget"] == "100G to 900G tokens"
+    assert [e["name"] for e in data["experts"]] == ["moe@n540-c9e+11"]
+    found = read(page(data, ladder))
+    names = [row[0] for row in found.tables["rows"][1:]]
+    assert names[:3] == ["moe@n50-c1e+11", "dense@n50-c1e+11", "moe@n80-c1e+11"]
+    assert "IsoFLOP: N ~ C^" in found.tables["fits"][1][2]
+    drawn = {path.name: path for path in figures.draw_figures(data, tmp_path)}
+    legend = drawn["isoflops.svg"].read_text()  # an entry a variant, whatever its rungs
+    assert [legend.count(f"<!-- {name} -->") for name in ("dense", "moe")] == [1, 1]
+    legend = drawn["train_loss-tokens.svg"].read_text()
+    assert [legend.count(f"<!-- {name} -->") for name in ("dense", "moe")] == [1, 1]
+    _print(ladder, Path("runs/ladder"))
+    told = capsys.readouterr().out
+    assert max(map(len, told.splitlines())) <= 80
+    assert told.count("a miss of") == 2
+    assert "At 1e+14 FLOPs, by the fits:" in told
 
 
 @pytest.mark.parametrize("name", sorted(presets.PRESETS))

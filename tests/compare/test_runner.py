@@ -309,6 +309,7 @@ def test_a_design_is_costed_and_nothing_is_spent(write, here, tmp_path):
         4 * 40 * 8 * 32 * entry.sizes["flops_per_token"] for entry in plan.entries
     )
     assert found.seconds > 0
+    assert found.ladders == {}
     smallest = dict(found.smallest)
     assert smallest[4] < smallest[3] < smallest[2]
     assert {task["do"] for task in here.tasks} == {"measure"}

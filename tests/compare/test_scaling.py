@@ -19,6 +19,7 @@ from assay.compare.scaling import (
     independent,
     outlook,
     predict_largest,
+    scope_of,
     study,
 )
 from assay.errors import AssayError
@@ -159,6 +160,19 @@ def test_a_ladder_that_varies_both_gets_the_law_in_both():
     predicted, (low, high) = fit.predict(1e19)
     assert predicted == pytest.approx(float(BESIROGLU.loss(*BESIROGLU.optimum(1e19))), rel=0.02)
     assert low <= predicted <= high
+
+
+def test_what_a_ladder_can_show_is_known_before_it_is_run():
+    n, c = np.tile([1e5, 2e5, 4e5], 3), np.repeat([1e11, 3e11, 9e11], 3)
+    found = scope_of(n, c / (6 * n), c)
+    assert (found.form, found.held_out_form, found.largest) == ("chinchilla", "chinchilla", 9e11)
+    assert found.isoflops == pytest.approx((1e11, 3e11, 9e11))
+    few = scope_of(n[:6], c[:6] / (6 * n[:6]), c[:6])  # three of one budget are left
+    assert (few.form, few.held_out_form, len(few.isoflops)) == ("chinchilla", None, 2)
+    n = np.geomspace(1e6, 1e8, 4)
+    one_way = scope_of(n, 20 * n, 120 * n**2)
+    assert (one_way.form, one_way.held_out_form, one_way.isoflops) == ("power", "power", ())
+    assert scope_of(n[:2], n[:2], n[:2]).form is None
 
 
 def test_bootstrap_intervals_cover_the_exponent():

@@ -10,6 +10,8 @@ from rich.table import Table
 
 from assay.cli.application import Json, Quiet, app, emit, next_folder, out, short
 
+LAWS = {"chinchilla": "L(N, D) = E + A/N^alpha + B/D^beta", "power": "L(C) = E + A/C^alpha"}
+
 
 @app.command()
 def compare(
@@ -89,11 +91,12 @@ def _print(results, folder: Path) -> None:
     console = out()
     console.print(f"\n[bold]{escape(results.sentence)}[/]\n", soft_wrap=False)
     table = Table(box=None)
-    table.add_column("")
+    table.add_column("", overflow="fold")
     for name in ("bits/byte", "95 % planned-n", "params", "active", "FLOPs", "seconds", "seeds"):
         table.add_column(name, justify="right")
     timed = results.environment.seconds_comparable
-    for row in sorted(results.rows, key=lambda row: (row.rung or "", row.rank or 0)):
+    rungs = [*dict.fromkeys(row.rung for row in results.rows)]
+    for row in sorted(results.rows, key=lambda row: (rungs.index(row.rung), row.rank or 0)):
         table.add_row(
             f"{row.name}{' *' if row.flags else ''}",
             "-" if row.val_bpb_mean is None else f"{row.val_bpb_mean:.4f}",
@@ -121,6 +124,8 @@ def _print(results, folder: Path) -> None:
                 pair.verdict,
             )
         console.print(table)
+    if results.scaling:
+        _print_scaling(results.scaling)
     for row in results.rows:
         for flag in row.flags:
             console.print(f"* {row.name}: {escape(flag)}")
@@ -129,6 +134,46 @@ def _print(results, folder: Path) -> None:
     for note in results.notes:
         console.print(f"  {escape(note)}")
     console.print(f"\nreport   {folder / 'report.html'}", soft_wrap=True)
+
+
+def _print_scaling(scaling) -> None:
+    """Of each variant's ladder the law, and how far off it was where that could be seen."""
+    console = out()
+    console.print()
+    for name, fit in scaling["fits"].items():
+        numbers = (f"{key} {_ends(number)}" for key, number in fit["parameters"].items())
+        console.print(f"{name}: {LAWS[fit['form']]}, {', '.join(numbers)}")
+        held, iso, best = fit["held_out"], fit["isoflops"], fit["optimum"]
+        if held:
+            console.print(
+                f"  held out: {held['predicted']:.4f} predicted at {held['flops']:.3g} FLOPs from "
+                f"the smaller ones, {held['measured']:.4f} measured: a miss of "
+                f"{100 * held['relative_miss']:+.2f} %"
+                + ("" if held["inside"] else ", outside of its interval")
+            )
+        if iso:
+            exponent = {"value": iso["params_exponent"], "ci95": iso["params_exponent_ci95"]}
+            console.print(f"  IsoFLOP parabolas: the best N grows as C to the {_ends(exponent)}")
+        if best and best["params"]:
+            console.print(
+                f"  best at the target: {short(int(best['params']))} active parameters, "
+                f"{short(int(best['tokens']))} tokens"
+            )
+    for name, error in scaling["errors"].items():
+        console.print(f"{name} has no fit: {escape(error)}")
+    if there := scaling["outlook"]:
+        console.print(f"At {there['flops']:.3g} FLOPs, by the fits:")
+        for name, loss in there["predicted"].items():
+            ends = {"value": loss, "ci95": there["ci95"][name]}
+            console.print(f"  {name} {_ends(ends, '.4f')}")
+    console.print()
+
+
+def _ends(number, form: str = ".3g") -> str:
+    """A figure with the ends of its interval."""
+    low, high = number["ci95"]
+    known = "unbounded" if low is None or high is None else f"{low:{form}} to {high:{form}}"
+    return f"{number['value']:{form}} ({known})"
 
 
 def _solution(found) -> str:
@@ -155,10 +200,12 @@ def _design(file, folder, steps, pilot, on, jobs, as_json) -> None:
 
 def _print_design(plan, found) -> None:
     console = out()
-    budget = plan.experiment.budget
+    amounts = [entry.run.train.budget.amount for entry in plan.entries]
+    spent = " to ".join(dict.fromkeys(f"{end:g}" for end in (min(amounts), max(amounts))))
     console.print(
-        f"{found.runs} runs: {len(found.costs)} rows, {found.seeds} seeds each, "
-        f"{budget.amount:g} {budget.unit} a run."
+        f"{found.runs} runs: {len(found.costs)} rows, {found.seeds} "
+        f"seed{'s' if found.seeds != 1 else ''} each, "
+        f"{spent} {plan.experiment.budget.unit} a run."
     )
     table = Table(box=None)
     table.add_column("")
@@ -177,10 +224,10 @@ def _print_design(plan, found) -> None:
     for entry in plan.entries:
         for solution in entry.solved:
             console.print(f"{entry.name}: {escape(_solution(solution))}")
-    console.print(
-        f"In all {found.flops:.3g} FLOPs and about {found.seconds / 60:.1f} minutes, evaluation "
-        f"not counted.\n"
-    )
+    minutes = f"{found.seconds / 60:.1f} minutes one run after the other"
+    if (found.jobs or 1) > 1:
+        minutes += f", {found.seconds / 60 / found.jobs:.1f} with {found.jobs} at once"
+    console.print(f"In all {found.flops:.3g} FLOPs and about {minutes}; evaluation not counted.\n")
     spread = found.deviation
     known = "" if spread.low is None else f" (95 %: {spread.low:.4f} to {spread.high:.4f})"
     console.print(
@@ -198,6 +245,35 @@ def _print_design(plan, found) -> None:
             f"To call two equal variants equivalent, within {found.margin:g}: "
             + (f"{needed} seeds." if needed is not None else "no number of seeds is enough.")
         )
+    for text, names in _ladders(found.ladders).items():
+        whose = "The ladder" if len(names) == len(found.ladders) else f"{', '.join(names)}: it"
+        console.print(f"\n{whose} {text}")
+
+
+def _ladders(ladders) -> dict[str, list[str]]:
+    """What can be made of the ladders, in words, and which variants' each is."""
+    said: dict[str, list[str]] = {}
+    for name, scope in ladders.items():
+        if scope.form is None:
+            text = "has fewer than 3 budgets: no law can be fitted."
+        else:
+            text = f"bears {LAWS[scope.form]}"
+            if scope.form == "power":
+                text += " (N and D grow together, or there are fewer than 6 pairs of them)"
+            text += (
+                f"; its runs of {scope.largest:.3g} FLOPs are predicted from the smaller ones by "
+                f"{LAWS[scope.held_out_form]}."
+                if scope.held_out_form
+                else "; the smaller budgets are too few to predict the largest from."
+            )
+            budgets = len(scope.isoflops)
+            text += (
+                f" {budgets} budgets have 3 sizes or more, for IsoFLOP parabolas."
+                if budgets > 1
+                else " No IsoFLOP parabolas: they need 2 budgets of 3 sizes each."
+            )
+        said.setdefault(text, []).append(name)
+    return said
 
 
 @app.command()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from assay.compare import statistics
+from assay.compare import scaling, statistics
 from assay.compare.experiment import Entry, Plan, tuned
 from assay.compare.pools import Pool
 from assay.compare.results import Pair, read_results
@@ -53,7 +53,11 @@ class Deviation:
 
 @dataclass(frozen=True)
 class Outline:
-    """A design, costed. `smallest`: (seeds, smallest difference that they show), bits per byte."""
+    """A design, costed. `smallest`: (seeds, smallest difference that they show), bits per byte.
+
+    `seconds` are of all runs one after the other, `jobs` how many will run at once (None: as many
+    as a cluster can). `ladders`: by variant, what its ladder can show; empty where there is none.
+    """
 
     costs: tuple[Cost, ...]
     runs: int
@@ -65,9 +69,13 @@ class Outline:
     seeds: int
     margin: float
     equivalence_seeds: int | None
+    ladders: dict[str, scaling.Scope]
+    jobs: int | None
 
 
-def outline(plan: Plan, pool: Pool, pilot: Path | None, out: Path | None) -> Outline:
+def outline(
+    plan: Plan, pool: Pool, pilot: Path | None, out: Path | None, jobs: int | None
+) -> Outline:
     """Costs by a few measured steps of each row; differences by the pilot's deviation.
 
     Args:
@@ -109,7 +117,22 @@ def outline(plan: Plan, pool: Pool, pilot: Path | None, out: Path | None) -> Out
         equivalence_seeds=statistics.seeds_needed_for_equivalence(
             plan.experiment.design.margin, spread.value, **held
         ),
+        ladders=_ladders(plan, costs),
+        jobs=jobs,
     )
+
+
+def _ladders(plan: Plan, costs: Sequence[Cost]) -> dict[str, scaling.Scope]:
+    if not plan.experiment.ladder:
+        return {}
+    places: dict[str, list[tuple[float, float, float]]] = {}
+    for entry, cost in zip(plan.entries, costs, strict=True):
+        run = entry.run
+        flops = training_flops(run.model, cost.tokens, run.data.seq_len)
+        if flops > 0:  # a table of bigrams has none
+            place = entry.sizes["active_params"], cost.tokens, flops
+            places.setdefault(entry.variant, []).append(place)
+    return {name: scaling.scope_of(*zip(*found, strict=True)) for name, found in places.items()}
 
 
 def _cost(entry: Entry, plan: Plan, measured: dict[str, float]) -> Cost:

@@ -48,6 +48,8 @@ def draw_figures(data: Mapping[str, Any], folder: Path) -> list[Path]:
         drawn[f"experts-{i}"] = _experts(experts)
     if data["scaling"] and data["scaling"]["fits"]:
         drawn["scaling"] = _scaling(data["scaling"], data["unit"])
+        if any(fit["isoflops"] for fit in data["scaling"]["fits"].values()):
+            drawn["isoflops"] = _isoflops(data["scaling"], data["unit"])
     return [path for name, figure in drawn.items() for path in save(figure, folder / name)]
 
 
@@ -91,15 +93,25 @@ def plain(text: str) -> str:
     return f" {text}" if text.startswith("_") else text
 
 
+def once(name: str, named: set[str]) -> str | None:
+    """A name for the legend, or None where it is there already: rungs and seeds share theirs."""
+    if name in named:
+        return None
+    named.add(name)
+    return plain(name)
+
+
 def _curves(curve: Mapping[str, Any], axis: str, label: str) -> "Figure":
     figure, (ax,) = _new()
+    named = set()
     for series in curve["series"]:
         if axis not in series["axes"]:
             continue
         entry = series["axes"][axis]
         found = {name: _array(entry[name]) for name in ("x", "mean", "low", "high")}
         style = look(series["colour"])
-        ax.plot(found["x"], found["mean"], label=plain(series["name"]), linewidth=1.6, **style)
+        name = once(series["variant"], named)
+        ax.plot(found["x"], found["mean"], label=name, linewidth=1.6, **style)
         if np.isfinite(found["low"]).all():
             ax.fill_between(
                 found["x"], found["low"], found["high"], color=style["color"], alpha=0.18, lw=0
@@ -164,7 +176,7 @@ def _forest(data: Mapping[str, Any]) -> "Figure":
         [plain(f"{p['a']} less {p['b']}: {p['verdict']}") for p in pairs],
     )
     ax.set_xlabel(f"difference in {data['unit']} (left: the first is better)")
-    ax.set_title(
+    figure.suptitle(  # over the names as well, which may take half of the width
         "thick: planned-n 95 %; thin: anytime-valid 95 %"
         + ("; shaded: the margin of equivalence" if margin else ""),
         fontsize=9,
@@ -180,6 +192,7 @@ def _pareto(rows: Sequence[Mapping[str, Any]], costs: Mapping[str, str]) -> "Fig
     figure, axes = _new(9, 7, nrows=2, ncols=2)
     for ax, (cost, label) in zip(axes, costs.items(), strict=True):
         shown = [row for row in rows if row["mean"] is not None and row[cost] is not None]
+        named = set()
         for row in shown:
             error = _errors(row)
             ax.errorbar(
@@ -189,7 +202,7 @@ def _pareto(rows: Sequence[Mapping[str, Any]], costs: Mapping[str, str]) -> "Fig
                 fmt="o",
                 color=look(row["colour"])["color"],
                 capsize=3,
-                label=plain(row["name"]),
+                label=once(row["variant"], named),
             )
         front = [row for row in shown if row["name"] in pareto_front(rows, cost)]
         front.sort(key=lambda row: row[cost])
@@ -286,18 +299,42 @@ def _scaling(scaling: Mapping[str, Any], unit: str) -> "Figure":
     return figure
 
 
+def _isoflops(scaling: Mapping[str, Any], unit: str) -> "Figure":
+    figure, (ax,) = _new()
+    named: set[str] = set()
+    for i, (name, fit) in enumerate(scaling["fits"].items()):
+        style, points = look(i), {key: _array(values) for key, values in fit["points"].items()}
+        ax.plot(points["params"], points["losses"], "o", ms=3, alpha=0.6, color=style["color"])
+        for parabola in (fit["isoflops"] or {"parabolas": ()})["parabolas"]:
+            budget = np.abs(np.log(points["flops"] / parabola["flops"])) < 0.1
+            sizes = points["params"][budget]
+            x = np.geomspace(sizes.min(), sizes.max(), 60)
+            y = parabola["loss"] + parabola["curvature"] * np.log(x / parabola["params"]) ** 2
+            ax.plot(x, y, label=once(name, named), **style)
+            if parabola["inside"]:
+                least = [parabola["params"]], [parabola["loss"]]
+                ax.plot(*least, "D", ms=8, mec="white", color=style["color"])
+    ax.set_xscale("log")
+    ax.set_xlabel("active parameters")
+    ax.set_ylabel(f"held-out {unit}")
+    ax.set_title("a parabola a budget; diamond: its least, where that was measured", fontsize=9)
+    ax.legend(frameon=False)
+    return figure
+
+
 # ---------------------------------------------------------------------------- of a CSV
 
 
 def draw_series(series: Sequence[Mapping[str, Any]], x_label: str, folder: Path) -> list[Path]:
     """The comparison figure of JAX-AttentionNet: a line a run, the raw index on a second axis.
 
-    `series`: `name`, `x`, `y` and `index` (the row of each value) of each run.
+    `series`: `name`, `x`, `y` and `index` (the row of each value) of each run; those of one
+    `group`, if there is any, look alike.
     """
     folder.mkdir(parents=True, exist_ok=True)
     figure, ax = _series_axes(series, x_label)
-    for i, run in enumerate(series):
-        ax.plot(run["x"], run["y"], label=plain(run["name"]), linewidth=1.4, **look(i))
+    for run, style in zip(series, _looks(series), strict=True):
+        ax.plot(run["x"], run["y"], linewidth=1.4, **style)
     ax.legend(frameon=False)
     return save(figure, folder / "losses")
 
@@ -310,7 +347,7 @@ def animate_series(
 
     folder.mkdir(parents=True, exist_ok=True)
     figure, ax = _series_axes(series, x_label)
-    lines = [ax.plot([], [], label=plain(s["name"]), **look(i))[0] for i, s in enumerate(series)]
+    lines = [ax.plot([], [], **style)[0] for style in _looks(series)]
     ax.legend(frameon=False, loc="upper right")
     places = np.concatenate([np.asarray(run["x"], float) for run in series])
     ends = np.linspace(places.min(), places.max(), frames)
@@ -330,6 +367,13 @@ def animate_series(
     movie.save(begun, writer=PillowWriter(fps=15), dpi=80)
     os.replace(begun, path)
     return path
+
+
+def _looks(series: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Colour, dashes and legend of each run."""
+    groups = [run.get("group", run["name"]) for run in series]
+    places, named = {name: i for i, name in enumerate(dict.fromkeys(groups))}, set()
+    return [look(places[name]) | {"label": once(name, named)} for name in groups]
 
 
 def _series_axes(series: Sequence[Mapping[str, Any]], x_label: str):

@@ -413,7 +413,7 @@ def _decision(study: Mapping[str, Any] | None) -> Decision | None:
     best, flip = found["best"][winner], found["flip"]
     text = f"At {target:.3g} training FLOPs "
     if len(found["predicted"]) > 1:
-        text += f"{winner} is the best with a probability of {best:.0%} by the fits"
+        text += f"{winner} is the best with a probability of {_chance(best)} by the fits"
     else:
         text += f"{winner} is extrapolated"
     text += f": {found['predicted'][winner]:.4f} bits per byte"
@@ -422,7 +422,7 @@ def _decision(study: Mapping[str, Any] | None) -> Decision | None:
     if len(found["predicted"]) > 1 and flip is not None:
         text += (
             f"; the chance that the winner at the {found['measured_flops']:.3g} FLOPs that were "
-            f"measured is another is {flip:.0%}"
+            f"measured is another is {_chance(flip)}"
         )
     return Decision(
         target_flops=target,
@@ -435,6 +435,13 @@ def _decision(study: Mapping[str, Any] | None) -> Decision | None:
         ranks_flip_probability=found["ranks_flip"],
         sentence=f"{text}.",
     )
+
+
+def _chance(share: float) -> str:
+    """A share of 200 resamples in words: all of them are no certainty, none no impossibility."""
+    if share < 0.005:
+        return "under 1 %"
+    return "over 99 %" if share > 0.995 else f"{100 * share:.0f} %"
 
 
 def plain(data: Any) -> Any:

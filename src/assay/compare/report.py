@@ -85,6 +85,8 @@ def _draw_results(results: Results, out: Path, animate: bool) -> Drawn:
     _write(out / "losses.csv", losses_csv(results))
     drawn = figures.draw_figures(data, out / "figures")
     series = read_series(out / "losses.csv")[0] if data["runs_with_losses"] else []
+    variants = {run.name: run.variant for run in results.runs}
+    series = [run | {"group": variants[run["name"]]} for run in series]
     if series:
         drawn += figures.draw_series(series, "step", out / "figures")
         if animate:
@@ -111,7 +113,7 @@ def page_data(results: Results) -> dict[str, Any]:
             "title": results.title,
             "sentence": results.sentence,
             "unit": UNIT,
-            "budget": f"{si(results.design.amount)} {NAMES.get(unit, unit)}",
+            "budget": f"{_amounts(results)} {NAMES.get(unit, unit)}",
             "equal": [NAMES.get(quantity, quantity) for quantity in equal],
             "margin": results.design.margin,
             "rows": rows,
@@ -133,6 +135,14 @@ def page_data(results: Results) -> dict[str, Any]:
     )
 
 
+def _amounts(results: Results) -> str:
+    """What a run may spend; of a ladder from the least to the most."""
+    every = results.design.amount
+    rungs = results.experiment.get("ladder", {}).values()
+    amounts = [rung["amount"] or every for rung in rungs] or [every]
+    return " to ".join(dict.fromkeys([si(min(amounts)), si(max(amounts))]))
+
+
 def runs_of(results: Results, row: Any) -> list[RunRecord]:
     """A row's finished runs, in the plan's order of seeds."""
     order = {seed: i for i, seed in enumerate(results.design.seeds)}
@@ -145,9 +155,9 @@ def runs_of(results: Results, row: Any) -> list[RunRecord]:
 
 
 def _rows(results: Results) -> list[dict[str, Any]]:
-    base_colours = {name: i for i, name in enumerate(dict.fromkeys(r.name for r in results.rows))}
+    colours = _colours(results)
     rows = []
-    for rung in dict.fromkeys(row.rung for row in results.rows):
+    for place, rung in enumerate(dict.fromkeys(row.rung for row in results.rows)):
         members = [row for row in results.rows if row.rung == rung]
         names = [row.name for row in members]
         pairs = [p for p in results.pairs if p.a in names and p.b in names]
@@ -162,12 +172,22 @@ def _rows(results: Results) -> list[dict[str, Any]]:
                 "kv_bytes": row.kv_bytes_per_token,
                 "ranks": ranges[row.name] if row.rank is not None else None,
                 "best": best.get(row.name),
-                "colour": base_colours[row.name],
+                "colour": colours[row.variant],
                 "n": len(row.seeds),
-                "order": len(rows) if row.rank is None else row.rank,
+                "order": (place, len(members) if row.rank is None else row.rank),
             }
             rows.append(record)
     return rows
+
+
+def _colours(results: Results) -> dict[str, int]:
+    """A variant has one colour, at whatever rung of a ladder."""
+    return {name: i for i, name in enumerate(dict.fromkeys(r.variant for r in results.rows))}
+
+
+def last_rung(results: Results) -> list[Any]:
+    """The rows that stand for their variants: all, or those of a ladder's last rung."""
+    return [row for row in results.rows if row.rung == results.rows[-1].rung]
 
 
 def _best(results: Results, rows: Sequence[Any]) -> dict[str, float]:
@@ -188,8 +208,8 @@ def _points(run: RunRecord, kind: str, axis: str) -> Curve:
 
 
 def _curves(results: Results, kind: str, label: str) -> dict[str, Any]:
-    series = []
-    for i, row in enumerate(results.rows):
+    series, colours = [], _colours(results)
+    for row in results.rows:
         runs = runs_of(results, row)
         axes = {}
         for axis in figures.AXES:
@@ -201,7 +221,8 @@ def _curves(results: Results, kind: str, label: str) -> dict[str, Any]:
             if entry is not None:
                 axes[axis] = entry
         if axes:
-            series.append({"name": row.name, "colour": i, "axes": axes})
+            look = {"variant": row.variant, "colour": colours[row.variant]}
+            series.append({"name": row.name, "axes": axes} | look)
     return {"kind": kind, "label": label, "series": series}
 
 
@@ -279,9 +300,9 @@ def _crossings(results: Results) -> list[dict[str, Any]]:
 
 
 def _experts(results: Results) -> list[dict[str, Any]]:
-    """The loads over training of each row with experts, of its first seed."""
+    """The loads over training of each variant with experts, of its first seed."""
     found = []
-    for row in results.rows:
+    for row in last_rung(results):
         for run in runs_of(results, row):
             loads = run.experts
             if loads is None or not loads.steps:
@@ -445,6 +466,7 @@ def page(data: Mapping[str, Any], results: Results | None) -> str:
         plotly=_plotly(),
         script=_part("report.js"),
         style=_part("report.css"),
+        shown=last_rung(results) if results else [],
         diagrams=_diagrams(results),
     )
 
@@ -456,7 +478,7 @@ def embedded(data: Mapping[str, Any]) -> str:
 
 
 def _diagrams(results: Results | None) -> dict[str, str]:
-    return {row.name: draw_diagram(row.spec) for row in results.rows} if results else {}
+    return {row.name: draw_diagram(row.spec) for row in last_rung(results)} if results else {}
 
 
 def _part(name: str) -> str:

@@ -102,14 +102,14 @@ def design(
     """
     file = Path(file)
     experiment = read(file)
-    decide_jobs(experiment, jobs, on)
+    jobs = decide_jobs(experiment, jobs, on)
     plan = resolve(experiment, file.parent, steps=steps)
     with (
         tempfile.TemporaryDirectory(prefix="assay-") as scratch,
         # One at a time: what a step takes is measured.
         pool_for(on, 1, Path(scratch), (), experiment) as pool,
     ):
-        return plan, outline(plan, pool, pilot, out)
+        return plan, outline(plan, pool, pilot, out, jobs)
 
 
 def decide_jobs(experiment: Experiment, asked: int | None, on: str | None) -> int | None:

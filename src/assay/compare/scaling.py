@@ -11,7 +11,7 @@ the fit, given the form.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -386,11 +386,53 @@ def fit_ladder(ladder: Ladder, *, resamples: int = 200, seed: int = 0) -> Ladder
     return LadderFit(law, tuple(draw for draw in draws if draw is not None), ladder.flops_factor)
 
 
+Form = Literal["chinchilla", "power"]
+
+
+def form_of(params: ArrayLike, tokens: ArrayLike, flops: ArrayLike) -> Form | None:
+    """The law that runs at these places can determine; None where there are too few budgets."""
+    places = {*zip(np.asarray(params).tolist(), np.asarray(tokens).tolist(), strict=True)}
+    if len(places) >= 6 and independent(params, tokens):
+        return "chinchilla"
+    return "power" if len({*np.asarray(flops).tolist()}) >= 3 else None
+
+
 def _fit(ladder: Ladder) -> ChinchillaLaw | PowerLaw:
-    places = {*zip(ladder.params.tolist(), ladder.tokens.tolist(), strict=True)}
-    if len(places) >= 6 and independent(ladder.params, ladder.tokens):
+    if form_of(ladder.params, ladder.tokens, ladder.flops) == "chinchilla":
         return fit_chinchilla(ladder.params, ladder.tokens, ladder.losses)
     return fit_power_law(ladder.flops, ladder.losses)
+
+
+@dataclass(frozen=True)
+class Scope:
+    """What a ladder can show, known before any of it is run.
+
+    `form` of its law, and `held_out_form` of the one that its `largest` budget is predicted by;
+    `isoflops`: the budgets with three sizes or more, each a parabola.
+    """
+
+    form: Form | None
+    held_out_form: Form | None
+    largest: float
+    isoflops: tuple[float, ...]
+
+
+def scope_of(
+    params: ArrayLike, tokens: ArrayLike, flops: ArrayLike, *, tolerance: float = 0.1
+) -> Scope:
+    """What runs of these sizes, tokens and FLOPs will allow, whatever their losses."""
+    n, d, c = _runs(params=params, tokens=tokens, flops=flops)
+    rest = ~_largest(c, tolerance)
+    return Scope(
+        form=form_of(n, d, c),
+        held_out_form=form_of(n[rest], d[rest], c[rest]) if rest.any() else None,
+        largest=float(c.max()),
+        isoflops=tuple(
+            float(c[group].mean())
+            for group in _budgets(c, tolerance)
+            if len({*n[group].tolist()}) >= 3
+        ),
+    )
 
 
 def _refit(ladder: Ladder, law: ChinchillaLaw | PowerLaw) -> ChinchillaLaw | PowerLaw | None:
@@ -459,7 +501,7 @@ def predict_largest(
     Raises:
         AssayError: if the rest is too small to fit.
     """
-    largest = ladder.flops > ladder.flops.max() / (1 + tolerance)
+    largest = _largest(ladder.flops, tolerance)
     rest, left_out = ladder.take(~largest), ladder.take(largest)
     fit = fit_ladder(rest, resamples=resamples, seed=seed)
 
@@ -482,6 +524,11 @@ def predict_largest(
         inside=bool(low <= measured <= high),
         runs=len(left_out.losses),
     )
+
+
+def _largest(flops: np.ndarray, tolerance: float) -> np.ndarray:
+    """Which runs are of the largest budget."""
+    return flops > flops.max() / (1 + tolerance)
 
 
 # ---------------------------------------------------------------------------- the decision

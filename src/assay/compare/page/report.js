@@ -82,7 +82,7 @@
     const draw = paint("curves", () => {
       const curve = data.curves[Number(at("kind").value)], axis = at("axis").value, w = weight();
       const logX = at("log-x").checked, logY = at("log-y").checked;
-      const traces = [], late = [], edges = [];
+      const traces = [], late = [], edges = [], named = new Set();  // rungs share a legend entry
       curve.series.forEach((series) => {
         const band = series.axes[axis];
         if (!band) return;
@@ -95,12 +95,14 @@
           low.forEach((v, i) => { if (band.x[i] >= start) edges.push(v); });
           traces.push({ x: band.x.concat([...band.x].reverse()), y: high.concat([...low].reverse()),
             fill: "toself", fillcolor: faded(c, 0.18), line: { width: 0 }, mode: "lines",
-            hoverinfo: "skip", showlegend: false, legendgroup: series.name });
+            hoverinfo: "skip", showlegend: false, legendgroup: series.variant });
         }
-        traces.push({ x: band.x, y: mean, name: text(series.name), legendgroup: series.name,
+        traces.push({ x: band.x, y: mean, name: text(series.variant), legendgroup: series.variant,
+          showlegend: !named.has(series.variant),
           mode: few ? "lines+markers" : "lines", line: { color: c, width: 2, dash: dash(series.colour) },
           marker: { symbol: symbols[series.colour % symbols.length], size: 6 },
           hovertemplate: `%{y:.4f} at %{x:.4s}<extra>${text(series.name)}, ${band.n} seeds</extra>` });
+        named.add(series.variant);
       });
       return [traces, { annotations: declared(w), hovermode: narrow() ? "closest" : "x",
         xaxis: { title: { text: data.axes[axis] }, type: logX ? "log" : "linear", exponentformat: "SI" },
@@ -174,23 +176,26 @@
   for (const [cost, label] of Object.entries(data.costs || {})) {
     paint(`pareto-${cost}`, () => {
       const rows = data.rows.filter((r) => r.mean !== null && r[cost] !== null);
-      const traces = rows.map((r) => ({ x: [r[cost]], y: [r.mean], name: text(r.name), mode: "markers",
+      const ladder = rows.some((r) => r.rung !== null), named = new Set();
+      const first = (r) => ladder && !named.has(r.variant) && named.add(r.variant) !== undefined;
+      const traces = rows.map((r) => ({ x: [r[cost]], y: [r.mean], name: text(r.variant), mode: "markers",
         marker: { color: colour(r.colour), size: 10, symbol: symbols[r.colour % symbols.length] },
         error_y: r.ci95[0] === null ? undefined : { type: "data", symmetric: false,
           array: [r.ci95[1] - r.mean], arrayminus: [r.mean - r.ci95[0]], thickness: 1.2, color: colour(r.colour) },
-        showlegend: false, hovertemplate: `${text(r.name)}<br>%{x:.4s} ${label}<br>%{y:.4f} bits per byte<extra></extra>` }));
+        showlegend: first(r), legendgroup: r.variant, hovertemplate: `${text(r.name)}<br>%{x:.4s} ${label}<br>%{y:.4f} bits per byte<extra></extra>` }));
       const front = rows.filter((r) => !rows.some((o) => o[cost] <= r[cost] && o.mean <= r.mean &&
         (o[cost] < r[cost] || o.mean < r.mean))).sort((a, b) => a[cost] - b[cost]);
       traces.unshift({ x: front.map((r) => r[cost]), y: front.map((r) => r.mean), mode: "lines",
         line: { shape: "hv", dash: "dash", width: 1, color: css("--soft") }, hoverinfo: "skip", showlegend: false });
       const byMean = [...rows].sort((a, b) => a.mean - b.mean);  // neighbours' names lie apart
-      const names = rows.map((r) => ({ x: r[cost], y: r.mean, text: text(r.name), showarrow: false,
+      const names = ladder ? [] : rows.map((r) => ({ x: r[cost], y: r.mean, text: text(r.name), showarrow: false,
         xanchor: "left", xshift: 8, yshift: byMean.indexOf(r) % 2 ? 9 : -9, font: { size: 11 } }));
       const costs = rows.map((r) => r[cost]), low = Math.min(...costs), high = Math.max(...costs);
       const alike = high < 1.02 * low;  // equal by design: no axis of last digits
       return [traces, { annotations: names, margin: { l: 60, r: 50, t: narrow() ? 12 : 30, b: 44 },
         xaxis: { title: { text: label }, exponentformat: "SI", rangemode: "normal", nticks: alike ? 3 : 6,
           range: alike ? [0.9 * low, 1.1 * high] : undefined, tickangle: 0 },
+        legend: { orientation: "h", y: 1.02, yanchor: "bottom" },
         yaxis: { title: { text: data.unit }, nticks: 6 } }];
     });
   }
@@ -234,6 +239,30 @@
       showarrow: false, xanchor: "right", yanchor: "bottom" }] : [];
     return [traces, { shapes, annotations,
       xaxis: { title: { text: "training FLOPs" }, type: "log", exponentformat: "power" },
+      yaxis: { title: { text: `held-out ${data.unit}` } } }];
+  });
+
+  if (at("isoflops")) paint("isoflops", () => {
+    const traces = [];
+    Object.entries(data.scaling.fits).forEach(([name, fit], i) => {
+      const c = colour(i), { params, flops, losses } = fit.points;
+      traces.push({ x: params, y: losses, mode: "markers", showlegend: false, legendgroup: name,
+        marker: { color: c, size: 6, opacity: 0.6, symbol: symbols[i % symbols.length] },
+        text: flops.map((f) => f.toExponential(2)),
+        hovertemplate: `%{y:.4f} at %{x:.4s} parameters, %{text} FLOPs<extra>${text(name)}</extra>` });
+      (fit.isoflops ? fit.isoflops.parabolas : []).forEach((p, n) => {
+        const sizes = params.filter((_, k) => Math.abs(Math.log(flops[k] / p.flops)) < 0.1);
+        const low = Math.min(...sizes), ratio = Math.max(...sizes) / low;
+        const x = Array.from({ length: 60 }, (_, k) => low * ratio ** (k / 59));
+        traces.push({ x, y: x.map((v) => p.loss + p.curvature * Math.log(v / p.params) ** 2),
+          mode: "lines", name: text(name), legendgroup: name, showlegend: n === 0,
+          line: { color: c, width: 2, dash: dash(i) }, hoverinfo: "skip" });
+        if (p.inside) traces.push({ x: [p.params], y: [p.loss], mode: "markers", showlegend: false,
+          legendgroup: name, marker: { color: c, size: 12, symbol: "diamond", line: { color: css("--back"), width: 2 } },
+          hovertemplate: `least %{y:.4f} at %{x:.4s} parameters, ${p.flops.toExponential(2)} FLOPs<extra>${text(name)}</extra>` });
+      });
+    });
+    return [traces, { xaxis: { title: { text: "active parameters" }, type: "log", exponentformat: "SI" },
       yaxis: { title: { text: `held-out ${data.unit}` } } }];
   });
 
