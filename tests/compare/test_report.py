@@ -279,12 +279,14 @@ def test_a_ladder_is_in_its_order_and_its_last_rung_is_drawn(tmp_path, capsys):
     ladder = make_ladder()
     data = page_data(ladder)
     assert data["budget"] == "100G to 900G tokens"
-    assert [e["name"] for e in data["experts"]] == ["moe@n540-c9e+11"]
+    assert [e["name"] for e in data["experts"] if e["shown"]] == ["moe@n540-c9e+11"]
     found = read(page(data, ladder))
+    assert [place for place in found.ids if place.startswith("experts-")] == ["experts-8"]
     names = [row[0] for row in found.tables["rows"][1:]]
     assert names[:3] == ["moe@n50-c1e+11", "dense@n50-c1e+11", "moe@n80-c1e+11"]
     assert "IsoFLOP: N ~ C^" in found.tables["fits"][1][2]
     drawn = {path.name: path for path in figures.draw_figures(data, tmp_path)}
+    assert sum(name.startswith("experts-") for name in drawn) == 2 * 9
     legend = drawn["isoflops.svg"].read_text()  # an entry a variant, whatever its rungs
     assert [legend.count(f"<!-- {name} -->") for name in ("dense", "moe")] == [1, 1]
     legend = drawn["train_loss-tokens.svg"].read_text()

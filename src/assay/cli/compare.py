@@ -208,7 +208,7 @@ def _print_design(plan, found) -> None:
         f"{spent} {plan.experiment.budget.unit} a run."
     )
     table = Table(box=None)
-    table.add_column("")
+    table.add_column("", overflow="fold")
     for name in ("params", "steps", "tokens", "FLOPs in all", "seconds in all"):
         table.add_column(name, justify="right")
     for entry, cost in zip(plan.entries, found.costs, strict=True):

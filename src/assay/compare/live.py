@@ -91,7 +91,7 @@ class Screen:
         seeds = [*{column: None for jobs in grid.values() for column in jobs}]
         shown = seeds[-SEEDS_SHOWN:]  # what is on its way, and the latest of what is done
         table = Table(box=None, title=self._title(), title_justify="left", title_style="")
-        table.add_column(self.what)
+        table.add_column(self.what, overflow="fold")
         for seed in shown:
             table.add_column(f"seed {seed}", justify="right")
         for row, jobs in grid.items():

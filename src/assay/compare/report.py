@@ -300,9 +300,9 @@ def _crossings(results: Results) -> list[dict[str, Any]]:
 
 
 def _experts(results: Results) -> list[dict[str, Any]]:
-    """The loads over training of each variant with experts, of its first seed."""
-    found = []
-    for row in last_rung(results):
+    """The loads over training of each row with experts, of its first seed."""
+    found, shown = [], {row.name for row in last_rung(results)}
+    for row in results.rows:
         for run in runs_of(results, row):
             loads = run.experts
             if loads is None or not loads.steps:
@@ -316,6 +316,7 @@ def _experts(results: Results) -> list[dict[str, Any]]:
                 {
                     "name": row.name,
                     "seed": run.seed,
+                    "shown": row.name in shown,
                     "steps": list(loads.steps),
                     "load": [layer.tolist() for layer in layers],
                     "dropped": [float(share) for share in loads.dropped[-1]]

@@ -202,6 +202,7 @@
 
   (data.experts || []).forEach((experts, n) => {
     const layers = experts.load.length, element = at(`experts-${n}`);
+    if (!element) return;
     element.style.minHeight = "0";
     paint(`experts-${n}`, () => {
       const columns = Math.min(narrow() ? 1 : 4, layers), rows = Math.ceil(layers / columns);
