@@ -10,6 +10,7 @@ from rich.table import Table
 
 from assay.cli.application import Json, Quiet, app, emit, next_folder, out, short
 
+PLANNED = "95 %\nplanned-n"  # narrow, so that long names have room
 LAWS = {"chinchilla": "L(N, D) = E + A/N^alpha + B/D^beta", "power": "L(C) = E + A/C^alpha"}
 
 
@@ -90,10 +91,10 @@ def _summary(results, folder: Path) -> dict[str, Any]:
 def _print(results, folder: Path) -> None:
     console = out()
     console.print(f"\n[bold]{escape(results.sentence)}[/]\n", soft_wrap=False)
-    table = Table(box=None)
+    table = Table(box=None, pad_edge=False)
     table.add_column("", overflow="fold")
-    for name in ("bits/byte", "95 % planned-n", "params", "active", "FLOPs", "seconds", "seeds"):
-        table.add_column(name, justify="right")
+    for name in ("bits/byte", PLANNED, "params", "active", "FLOPs", "seconds", "seeds"):
+        table.add_column(name, justify="right", no_wrap=True)
     timed = results.environment.seconds_comparable
     rungs = [*dict.fromkeys(row.rung for row in results.rows)]
     for row in sorted(results.rows, key=lambda row: (rungs.index(row.rung), row.rank or 0)):
@@ -110,13 +111,13 @@ def _print(results, folder: Path) -> None:
     console.print(table)
     if results.pairs:
         console.print()
-        table = Table(box=None)
-        table.add_column("pair")
-        for name in ("difference", "95 % planned-n", "anytime-valid", "p (Holm)", "verdict"):
-            table.add_column(name, justify="right")
+        table = Table(box=None, pad_edge=False)
+        table.add_column("pair", overflow="fold")
+        for name in ("difference", PLANNED, "anytime-valid", "p (Holm)", "verdict"):
+            table.add_column(name, justify="right", no_wrap=True)
         for pair in results.pairs:
             table.add_row(
-                f"{pair.a} - {pair.b}",
+                f"{pair.a}\n- {pair.b}" if "@" in pair.a else f"{pair.a} - {pair.b}",
                 "-" if pair.difference is None else f"{pair.difference:+.4f}",
                 _half(pair.ci95),
                 _half(pair.anytime95),
