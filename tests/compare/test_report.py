@@ -14,7 +14,15 @@ from assay.cli.compare import _print
 from assay.compare import figures
 from assay.compare.block_diagram import draw_diagram
 from assay.compare.curves import smooth
-from assay.compare.report import draw, embedded, losses_csv, page, page_data, read_series
+from assay.compare.report import (
+    draw,
+    embedded,
+    losses_csv,
+    page,
+    page_data,
+    read_series,
+    warnings,
+)
 from assay.compare.scaling import Ladder, study
 from assay.errors import AssayError
 from assay.spec import presets
@@ -282,6 +290,11 @@ def test_a_ladder_is_in_its_order_and_its_last_rung_is_drawn(tmp_path, capsys):
     assert [e["name"] for e in data["experts"] if e["shown"]] == ["moe@n540-c9e+11"]
     found = read(page(data, ladder))
     assert [place for place in found.ids if place.startswith("experts-")] == ["experts-8"]
+    assert not any("missed the largest" in text for text in data["warnings"])
+    apart = ladder.scaling["outlook"]["predicted"] | {"moe": 1.0, "dense": 1.0001}
+    doubted = ladder.scaling | {"outlook": ladder.scaling["outlook"] | {"predicted": apart}}
+    (told,) = (w for w in warnings(ladder.replace(scaling=doubted)) if "missed the largest" in w)
+    assert "the first two variants are 0.0001 apart" in told
     names = [row[0] for row in found.tables["rows"][1:]]
     assert names[:3] == ["moe@n50-c1e+11", "dense@n50-c1e+11", "moe@n80-c1e+11"]
     assert "IsoFLOP: N ~ C^" in found.tables["fits"][1][2]

@@ -349,6 +349,7 @@ def warnings(results: Results) -> list[str]:
             if not check.passed
         ]
     found += [f"{run.name} failed: {run.error}" for run in results.runs if run.status == "failed"]
+    found += _doubts(results.scaling or {})
     if planned < 5:
         found.append(
             f"{planned} planned seeds are few. The interval of a deviation from so few is wide, "
@@ -363,6 +364,20 @@ def warnings(results: Results) -> list[str]:
     if results.pairs and not design.margin:
         found.append("No margin was declared, so no pair can be called equivalent.")
     return [*dict.fromkeys([*found, *results.notes])]
+
+
+def _doubts(scaling: Mapping[str, Any]) -> list[str]:
+    """Where the fits were further off than the variants that they rank are apart."""
+    there = scaling.get("outlook") or {"predicted": {}}
+    losses = sorted(loss for loss in there["predicted"].values() if loss is not None)
+    misses = [abs(f["held_out"]["miss"]) for f in scaling.get("fits", {}).values() if f["held_out"]]
+    if len(losses) < 2 or not misses or max(misses) <= losses[1] - losses[0]:
+        return []
+    return [
+        f"Fitted to the smaller budgets, the laws missed the largest by up to {max(misses):.4f} "
+        f"bits per byte; at the target the first two variants are {losses[1] - losses[0]:.4f} "
+        f"apart. The probabilities take the laws to be right."
+    ]
 
 
 # ---------------------------------------------------------------------------- losses.csv
