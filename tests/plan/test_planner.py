@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import jax
 import pytest
@@ -13,14 +14,19 @@ from assay.plan import planner
 from assay.plan.compiled import Compiled, collectives, compile_step
 from assay.plan.memory import serving_memory, training_memory
 from assay.plan.planner import confirmed, make_plan, meshes, search
-from assay.plan.roofline import predict
-from assay.plan.topology import parse_topology, with_price
-from assay.plan.work import collective_bytes, step_work
+from assay.plan.roofline import LINKS, bandwidth, predict, step_time
+from assay.plan.topology import Topology, parse_topology, with_price
+from assay.plan.work import Sent, System, collective_bytes, step_work
 from assay.spec import presets
 from assay.spec.accounting import flops_per_token, parameters
 from assay.spec.run import MeshSpec
 
 LLAMA = presets.get("llama-3-8b").run.changed(
+    {"data.batch_size": 64, "data.seq_len": 4096, "compute.dtype": "bfloat16"}
+)
+
+
+EXPERTS = presets.get("qwen3-30b-a3b").run.changed(
     {"data.batch_size": 64, "data.seq_len": 4096, "compute.dtype": "bfloat16"}
 )
 
@@ -31,7 +37,7 @@ def on(run, **axes):
 
 def test_products_are_the_accounts():
     run = on(LLAMA, fsdp=16, tensor=4)
-    work = step_work(run, "none", flash=False)
+    work = step_work(run, "none", System(flash=False))
     tokens = 64 * 4096
     assert work.flops * 64 == pytest.approx(
         tokens * flops_per_token(run.model, 4096).train, rel=1e-6
@@ -99,6 +105,52 @@ def test_collectives_by_hand():
     stream = 64 * 4096 / 16 * 4096 * 2
     sent = collective_bytes(on(LLAMA, data=16, tensor=4), "none")["tensor"]
     assert sent == pytest.approx(2 * 64 * 2 * stream * 3 / 4)
+
+
+def test_each_product_that_gathers_for_itself():
+    """As KempnerForge's profile has them: 12 gathers and 8 scatters a layer and pass."""
+    run = on(LLAMA, data=16, tensor=4)
+    stream = 64 * 4096 / 16 * 4096 * 2 * 3 / 4
+    each = System(in_parts=True, gathers_each=True)
+    assert collective_bytes(run, "block", each)["tensor"] == pytest.approx(32 * 20 * stream)
+    shared = collective_bytes(run, "block", System(in_parts=True))["tensor"]
+    assert shared == pytest.approx(32 * (2 * 4 + 3) * stream)
+
+
+def test_links_of_an_axis():
+    def speed(topology, axis, kind, **axes):
+        sent = Sent(axis, kind, 1.0, 0.5)
+        return bandwidth(sent, on(EXPERTS, **axes), topology)
+
+    h100 = parse_topology("h100:64")
+    chip = h100.chip
+    assert speed(h100, "tensor", "stream", tensor=4, data=16) == chip.link
+    assert speed(h100, "data", "sum", tensor=4, expert=2, data=8) == chip.network
+    assert speed(h100, "fsdp", "gather", fsdp=64) == 8 * chip.network  # every card takes part
+    # What is exchanged beyond the island leaves by one's own card, all but an eighth of it.
+    assert speed(h100, "expert", "exchange", expert=64) == pytest.approx(chip.network * 63 / 56)
+    pairs = Topology(replace(chip, island=4, switch=False), (4,))
+    assert speed(pairs, "tensor", "stream", tensor=4) == chip.link
+    assert speed(pairs, "tensor", "stream", tensor=2, data=2) == pytest.approx(chip.link / 3)
+    # Around a torus' ring of 4: half of the way on average is 1, of 8 it is 2.
+    torus = parse_topology("v5p:4x4x4")
+    assert speed(torus, "expert", "exchange", expert=4, data=16) == torus.chip.link * 3 / 4
+    assert speed(torus, "expert", "exchange", expert=8, data=8) < torus.chip.link
+
+
+def test_what_is_sent_once_hides_behind_one_pass():
+    """Sums of gradients as long as two passes: one of them is waited for."""
+    topology = parse_topology("h100:64")
+    run = on(LLAMA, data=64).changed({"train.accumulate": 4, "data.batch_size": 256})
+    work = step_work(run, "none")
+    (sent,) = work.sent
+    whole = step_time(work, run, topology)
+    computing = whole.products + whole.attention
+    link = LINKS * bandwidth(sent, run, topology)
+    longer = replace(sent, size=link * computing / 2)  # two of four passes
+    waited = step_time(replace(work, sent=(longer,)), run, topology).collectives
+    backward = computing / 4 * (1 - work.forward)
+    assert waited == pytest.approx(0.1 * computing / 2 + 0.9 * computing / 2 - backward)
 
 
 def test_time_falls_with_devices_and_rises_with_what_is_done_again():

@@ -14,7 +14,7 @@ from assay.plan.compiled import Compiled, DoesNotFitError, can_compile, compile_
 from assay.plan.memory import Memory, Serving, serving_memory, training_memory
 from assay.plan.roofline import Speed, predict
 from assay.plan.topology import Topology
-from assay.plan.work import collective_bytes, global_flops, mesh_sizes
+from assay.plan.work import System, collective_bytes, global_flops, mesh_sizes
 from assay.spec.run import MeshSpec, RunSpec
 
 USABLE = 0.92
@@ -176,7 +176,7 @@ def _plan(run: RunSpec, topology: Topology, compile: bool) -> Plan:
         serving=serving_memory(run, USABLE * topology.chip.memory),
         compiled=compiled,
         refused=refused,
-        speed=predict(run, topology, policy, flash=flash),
+        speed=predict(run, topology, policy, System(flash=flash)),
     )
 
 

@@ -22,7 +22,8 @@ class Chip:
     `link`: bytes a second that one device sends and receives over one torus axis (TPU, both
     directions together), or over its switch (GPU, one direction). `axes`: torus axes; 0 is a
     switch. `island`: devices that the fast links join; beyond them `network`, bytes a second a
-    device. `float32`: the float32 peak as a share of `peak`.
+    device. Without `switch` each pair of an island has its own share of the links. `float32`: the
+    float32 peak as a share of `peak`.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Chip:
     float32: float = 1 / 3
     price: float | None = None
     source: str = ""
+    switch: bool = True
 
 
 CLOUD_TPU = "Google Cloud TPU documentation; link speeds: How To Scale Your Model, chapter 2"
@@ -66,15 +68,15 @@ CHIPS = {
         ),
         Chip(
             *("a100", "NVIDIA A100 80GB", 312e12, 80 * GIB, 2.04e12, 3e11, 0, 8, 2.5e10),
-            *(0.73, 1 / 2, None, NVIDIA),
+            *(0.75, 1 / 2, None, NVIDIA),
         ),
         Chip(
             *("a100-40gb", "NVIDIA A100 40GB", 312e12, 40 * GIB, 1.555e12, 3e11, 0, 8, 2.5e10),
-            *(0.73, 1 / 2, None, NVIDIA),
+            *(0.75, 1 / 2, None, NVIDIA),
         ),
         Chip(
             *("h100", "NVIDIA H100 SXM", 989e12, 80 * GIB, 3.35e12, 4.5e11, 0, 8, 5e10),
-            *(0.54, 1 / 2, None, NVIDIA),
+            *(0.58, 1 / 2, None, NVIDIA),
         ),
         Chip(
             *("h200", "NVIDIA H200", 989e12, 141 * GIB, 4.8e12, 4.5e11, 0, 8, 5e10),
@@ -82,7 +84,7 @@ CHIPS = {
         ),
         Chip(
             *("b200", "NVIDIA B200", 2250e12, 180 * GIB, 7.7e12, 9e11, 0, 8, 5e10),
-            *(0.47, 1 / 2, None, NVIDIA),
+            *(0.53, 1 / 2, None, NVIDIA),
         ),
     )
 }

@@ -8,7 +8,7 @@ parameters in parts, gathered when a layer needs them; `tensor` splits heads, hi
 vocabulary; `expert` splits the experts, so that tokens travel to them and back.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 
 from assay.spec.accounting import BYTES, flops_per_token, mean_keys, parameters, run_flops_per_token
@@ -22,19 +22,77 @@ last product, whose output nobody needs."""
 
 
 @dataclass(frozen=True)
+class System:
+    """How the software that trains does what a spec leaves open: what it is documented to do.
+
+    `fused`: chains of elementwise operations read and write memory once, as compilers make them;
+    otherwise each operation does. `flash`: attention never keeps its scores, and skips those that
+    a mask hides; otherwise all T x T are computed and kept. `attention`: the share of the chip's
+    peak that its attention kernel is known to reach, where it is not a present one.
+
+    Along `tensor`, `in_parts`: norms and residuals lie in parts of the sequence, which are
+    gathered before products and scattered after them, and copied into order each time (PyTorch's
+    SequenceParallel). `gathers_each`: every product gathers its own input, also those that share
+    it (ColwiseParallel with input_layouts=Shard). `whole_logits`: the logits are gathered, and
+    each device computes the whole loss. `pieces`: a product and the collective beside it are
+    taken in pieces, so that one goes on behind the other; if None, on TPUs.
+
+    `sums`: the dtype in which gradients are summed over devices, if not the products'.
+    `sums_once`: with gradient accumulation they are summed after the last pass only, also where
+    parameters lie in parts. `zero1`: each device updates a part of the parameters, which are
+    gathered again during the next forward pass.
+    """
+
+    fused: bool = True
+    flash: bool = True
+    attention: float | None = None
+    in_parts: bool = False
+    gathers_each: bool = False
+    whole_logits: bool = False
+    pieces: bool | None = None
+    sums: str | None = None
+    sums_once: bool = False
+    zero1: bool = False
+
+
+ASSAY = System()
+"""What XLA makes of Assay's program."""
+
+
+@dataclass(frozen=True)
+class Sent:
+    """Bytes that a device sends along an axis of the mesh in one update.
+
+    `kind`: `gather`, of parameters and of their gradients' parts, which other layers' products
+    hide; `sum`, of gradients once an update, which only one pass can hide; `stream`, sums of
+    activations; `exchange`, tokens to their experts and back. `forward`: the share of it that
+    belongs to the forward pass.
+    """
+
+    axis: str
+    kind: str
+    size: float
+    forward: float
+
+
+@dataclass(frozen=True)
 class Work:
     """One device's share of one update.
 
     `products` and `attention`: FLOPs of matrix products with weights, and of attention's two
-    products with every key that may be seen (a kernel that skips the rest). `traffic`: bytes that
-    norms, activations, residuals, losses and the optimizer read and write. `sent`: bytes that
-    collectives carry, by mesh axis, as (bytes of the full array) x the share that travels.
+    products with every key that may be seen (a kernel that skips the rest). `weights`: bytes of
+    weights and of their gradients that the products read and write. `forward`: the share of the
+    products that belongs to the forward pass. `traffic`: bytes that norms, activations,
+    residuals, losses and the optimizer read and write. `sent`: what collectives carry, as (bytes
+    of the full array) x the share that travels.
     """
 
     products: float
     attention: float
+    weights: float
+    forward: float
     traffic: float
-    sent: dict[str, float] = field(default_factory=dict)
+    sent: tuple[Sent, ...] = ()
 
     @property
     def flops(self) -> float:
@@ -46,13 +104,8 @@ def mesh_sizes(mesh: MeshSpec) -> dict[str, int]:
     return mesh.model_dump()
 
 
-def step_work(run: RunSpec, recompute: str, *, fused: bool = True, flash: bool = True) -> Work:
-    """The work of one update on one device.
-
-    `fused`: chains of elementwise operations read and write memory once, as compilers make them;
-    otherwise each operation does. `flash`: attention never keeps its scores, and skips those that
-    a mask hides; otherwise all T x T are computed and kept.
-    """
+def step_work(run: RunSpec, recompute: str, system: System = ASSAY) -> Work:
+    """The work of one update on one device."""
     spec, mesh = run.model, mesh_sizes(run.mesh)
     width = BYTES[run.compute.dtype]
     tokens = run.data.batch_size * run.data.seq_len / run.mesh.batch_shards
@@ -61,21 +114,23 @@ def step_work(run: RunSpec, recompute: str, *, fused: bool = True, flash: bool =
     forward = sum(products.values())
     flops = 3 * forward + again[recompute]
     again_too = recompute in ("weights", "block")
-    if flash:  # the scores are computed again on the way back: 2.5 times forward
+    if system.flash:  # the scores are computed again on the way back: 2.5 times forward
         scores = a_key * _seen(spec, run.data.seq_len) * (3.5 + again_too)
     else:
         scores = a_key * run.data.seq_len * (3 + again_too)
-    traffic = _block_traffic(spec, mesh["tensor"], width, recompute, fused)
-    if not flash:
+    traffic = _block_traffic(run, width, recompute, system)
+    if not system.flash:
         passes = KEPT_SCORES + 3 * again_too
         traffic += share * passes * width * run.data.seq_len * _heads(spec)
-    traffic = tokens * (traffic + _head_traffic(spec, mesh))
+    traffic = tokens * (traffic + _head_traffic(run, system))
     traffic += optimizer_traffic(run)
     return Work(
         products=tokens * flops * share,
         attention=tokens * scores * share,
+        weights=_weight_traffic(run, width),
+        forward=forward / flops,
         traffic=traffic,
-        sent=collective_bytes(run, recompute),
+        sent=_sent(run, recompute, system),
     )
 
 
@@ -151,22 +206,26 @@ def _last_product(feed_forward: MlpSpec | MoeSpec | None, d: int) -> float:
 STREAM = 8  # two norms and two sums with the residual, each two reads and two writes of D
 FEW = 2  # one read and one write: rotations, activations
 KEPT_SCORES = 12  # of T x T: written, softmax, weighed; and back, where they are read twice more
+SORTED = 4  # a choice's vector copied to its expert's place and back
+EXCHANGED = 8  # read to be sent and written on arrival, put in order of the experts; and back
 UNFUSED = 2.5
 """Elementwise traffic without fusion: each norm is three passes, each activation two."""
 
 
-def _block_traffic(
-    spec: TransformerSpec, tensor: int, width: int, recompute: str, fused: bool
-) -> float:
+def _block_traffic(run: RunSpec, width: int, recompute: str, system: System) -> float:
     """Bytes a token, forward and backward, of all blocks."""
-    passes = 0.0
+    spec, tensor, passes = run.model, run.mesh.tensor, 0.0
     for block in blocks_of(spec):
-        passes += STREAM * spec.d_model + _inner_passes(block, spec.d_model) / tensor
+        passes += STREAM * spec.d_model / (tensor if system.in_parts else 1)
+        passes += _inner_passes(block, spec.d_model, run.mesh.expert > 1) / tensor
     times = 3 + (recompute != "none")
-    return times * passes * width * (1 if fused else UNFUSED)
+    traffic = times * passes * (1 if system.fused else UNFUSED)
+    if system.in_parts and tensor > 1:  # into order: one read and one write
+        traffic += 2 * spec.d_model * _gathers_and_scatters(spec, recompute, system)
+    return traffic * width
 
 
-def _inner_passes(block: BlockSpec, d: int) -> float:
+def _inner_passes(block: BlockSpec, d: int, exchanged: bool) -> float:
     passes = 0.0
     if block.attention is not None:
         attention = block.attention
@@ -175,8 +234,8 @@ def _inner_passes(block: BlockSpec, d: int) -> float:
         case MlpSpec() as mlp:
             passes += _activation_passes(mlp)
         case MoeSpec() as moe:
-            chosen = moe.active_experts
-            passes += chosen * (_activation_passes(moe.expert) + 4 * d)  # to experts and back
+            sorting = SORTED + (EXCHANGED if exchanged else 0)
+            passes += moe.active_experts * (_activation_passes(moe.expert) + sorting * d)
             passes += _activation_passes(moe.shared) if moe.shared else 0
     return passes
 
@@ -185,9 +244,17 @@ def _activation_passes(mlp: MlpSpec) -> float:
     return sum((3 if mlp.gated else FEW) * f for f in mlp.widths)
 
 
-def _head_traffic(spec: TransformerSpec, mesh: dict[str, int]) -> float:
+def _head_traffic(run: RunSpec, system: System) -> float:
     """Bytes a token: logits in float32 written, read for the softmax, their gradient written."""
-    return 3 * 4 * spec.padded_vocab / mesh["tensor"] if spec.head is not None else 0
+    if run.model.head is None:
+        return 0
+    return 3 * 4 * run.model.padded_vocab / (1 if system.whole_logits else run.mesh.tensor)
+
+
+def _weight_traffic(run: RunSpec, width: int) -> float:
+    """Bytes of an update's products: weights read twice a pass, gradients added up in float32."""
+    held = _gathered(run) / run.mesh.tensor
+    return run.train.accumulate * held * (2 * width + 2 * 4)
 
 
 def optimizer_traffic(run: RunSpec) -> float:
@@ -222,8 +289,22 @@ def _mlp_weights(mlp: MlpSpec, d: int) -> int:
 # ---------------------------------------------------------------------------- collectives
 
 
-def collective_bytes(run: RunSpec, recompute: str) -> dict[str, float]:
-    """Bytes that one device sends in one update, by mesh axis.
+def collective_bytes(run: RunSpec, recompute: str, system: System = ASSAY) -> dict[str, float]:
+    """Bytes that one device sends in one update, by mesh axis."""
+    sizes: dict[str, float] = {}
+    for sent in _sent(run, recompute, system):
+        sizes[sent.axis] = sizes.get(sent.axis, 0.0) + sent.size
+    return sizes
+
+
+def _gathered(run: RunSpec) -> float:
+    """Parameters that a device computes with, gathered along fsdp; not yet split by tensor."""
+    total, experts = parameters(run.model).total, expert_parameters(run.model)
+    return total - experts + experts / run.mesh.expert
+
+
+def _sent(run: RunSpec, recompute: str, system: System) -> tuple[Sent, ...]:
+    """What one device sends in one update, as the parts in which it can hide.
 
     fsdp: each parameter is gathered for the forward and again for the backward pass, and its
     gradient reduced and scattered, once a pass over part of a batch. data: gradients are summed
@@ -233,27 +314,67 @@ def collective_bytes(run: RunSpec, recompute: str) -> dict[str, float]:
     mesh, width = mesh_sizes(run.mesh), BYTES[run.compute.dtype]
     spec, passes = run.model, run.train.accumulate
     tokens = run.data.batch_size * run.data.seq_len / run.mesh.batch_shards
-    total, experts = parameters(spec).total, expert_parameters(spec)
-    held = (total - experts + experts / mesh["expert"]) / mesh["tensor"]
+    held = _gathered(run) / mesh["tensor"]
+    split = mesh["tensor"] * mesh["fsdp"]
+    dense = (parameters(spec).total - expert_parameters(spec)) / split
+    part = parameters(spec).total / split / mesh["expert"]  # dense ones were scattered by expert
+    summed = BYTES[system.sums] if system.sums else width
     again = recompute in ("mlp", "block")
-    parts = sum(
-        (block.attention is not None) + (block.feed_forward is not None)
-        for block in blocks_of(spec)
-    )
     chosen = sum(
         block.feed_forward.active_experts
         for block in blocks_of(spec)
         if isinstance(block.feed_forward, MoeSpec)
     )
     stream = tokens * spec.d_model * width
-    sent = {
-        "fsdp": 3 * passes * held * width * _travels(mesh["fsdp"]),
-        "data": 2 * held * width / mesh["fsdp"] * _travels(mesh["data"]),
-        "tensor": (2 + again / 2) * parts * 2 * stream * _travels(mesh["tensor"]),
-        "expert": (4 + 2 * again) * chosen * stream * _travels(mesh["expert"])
-        + 2 * (total - experts) / mesh["tensor"] / mesh["fsdp"] * width * _travels(mesh["expert"]),
-    }
-    return {axis: size for axis, size in sent.items() if size}
+    if system.in_parts:
+        activations = stream * _gathers_and_scatters(spec, recompute, system)
+    else:
+        activations = (2 + again / 2) * _parts(spec) * 2 * stream
+    if system.whole_logits and spec.head is not None:
+        activations += tokens * spec.padded_vocab * width
+    reduced, once = held * summed * _travels(mesh["fsdp"]), system.sums_once
+    exchanged = (4 + 2 * again) * chosen * stream * _travels(mesh["expert"])
+    # Of what goes both ways, forward's share; of sums, that of gathering what was updated.
+    half, updated = 2 / (4 + again), 0.5 if system.zero1 else 0.0
+    sent = (
+        Sent("fsdp", "gather", 2 * passes * held * width * _travels(mesh["fsdp"]), 0.5),
+        Sent("fsdp", "sum", reduced, 0.0)
+        if once
+        else Sent("fsdp", "gather", passes * reduced, 0.0),
+        Sent("data", "sum", part * (summed + width) * _travels(mesh["data"]), updated),
+        Sent("tensor", "stream", activations * _travels(mesh["tensor"]), half),
+        Sent("expert", "exchange", exchanged, half),
+        Sent("expert", "sum", dense * (summed + width) * _travels(mesh["expert"]), updated),
+    )
+    return tuple(one for one in sent if one.size)
+
+
+def _parts(spec: TransformerSpec) -> int:
+    """Attentions and feed-forwards of all blocks."""
+    return sum(
+        (block.attention is not None) + (block.feed_forward is not None)
+        for block in blocks_of(spec)
+    )
+
+
+def _gathers_and_scatters(spec: TransformerSpec, recompute: str, system: System) -> int:
+    """Gathers and scatters of activations in an update, where they lie in parts.
+
+    Forward a block gathers for its first products (q, k, v; the feed-forward's first) and scatters
+    after its last; backward the other way round; again what is computed again, but for the last
+    scatter of a block, whose output nobody needs.
+    """
+    count = 0
+    for block in blocks_of(spec):
+        attention, mlp = block.attention is not None, block.feed_forward
+        qkv = attention * (3 if system.gathers_each else 1)
+        first = 0
+        if isinstance(mlp, MlpSpec):
+            first = 1 + (mlp.gated and system.gathers_each)
+        forward = qkv + first + attention + (first > 0)
+        again = {"block": forward - 1, "mlp": first}.get(recompute, 0)
+        count += 2 * forward + again
+    return count
 
 
 def _travels(ways: int) -> float:

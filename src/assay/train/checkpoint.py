@@ -37,16 +37,14 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, state: TrainState, position: Any, layout: Layout, extra: dict) -> None:
-        """Copies the state and writes it in the background. `position` is the data's."""
+        """Takes the state as it is and writes it in the background. `position` is the data's."""
         import orbax.checkpoint as ocp
 
         step = int(state.step)
-        # A copy, because the next step gives its buffers away while the writing goes on.
-        named = jax.tree.map(jnp.copy, flatten_state(state, layout))
         self._manager.save(
             step,
             args=ocp.args.Composite(
-                state=ocp.args.PyTreeSave(named),
+                state=ocp.args.PyTreeSave(_safe_from_the_next_step(state, layout)),
                 data=ocp.args.JsonSave({"position": position, **extra}),
             ),
         )
@@ -153,6 +151,27 @@ def _placed(like: dict[str, Any], **options: Any) -> "ocp.args.PyTreeRestore":
     shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in like.items()}
     places = {name: ocp.ArrayRestoreArgs(sharding=x.sharding) for name, x in like.items()}
     return ocp.args.PyTreeRestore(shapes, restore_args=places, **options)
+
+
+def _safe_from_the_next_step(state: TrainState, layout: Layout) -> dict[str, jax.Array]:
+    """The named state, in buffers that the next step does not give away while it is written.
+
+    What an accelerator holds Orbax copies to the host before `save` returns. What is in the
+    host's memory it reads in place, later: that is copied, unless it was cut from a stack of
+    layers, which is a copy already.
+    """
+    own = {id(leaf) for leaf in jax.tree.leaves(state)}
+
+    def safe(name: str, leaf: jax.Array) -> jax.Array:
+        small = name in ("step", "key")
+        return jnp.copy(leaf) if small or (id(leaf) in own and _on_host(leaf)) else leaf
+
+    return {name: safe(name, leaf) for name, leaf in flatten_state(state, layout).items()}
+
+
+def _on_host(leaf: jax.Array) -> bool:
+    device = next(iter(leaf.sharding.device_set))
+    return device.platform == "cpu" or leaf.sharding.memory_kind not in (None, "device")
 
 
 # ---------------------------------------------------------------------------- names
