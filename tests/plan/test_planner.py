@@ -13,12 +13,13 @@ from assay.errors import AssayError
 from assay.plan import planner
 from assay.plan.compiled import Compiled, collectives, compile_step
 from assay.plan.memory import serving_memory, training_memory
-from assay.plan.planner import confirmed, make_plan, meshes, search
+from assay.plan.planner import confirmed, least, make_plan, meshes, search
 from assay.plan.roofline import LINKS, bandwidth, predict, step_time
 from assay.plan.topology import Topology, parse_topology, with_price
-from assay.plan.work import Sent, System, collective_bytes, step_work
+from assay.plan.work import Sent, System, collective_bytes, places, step_work
 from assay.spec import presets
 from assay.spec.accounting import flops_per_token, parameters
+from assay.spec.model import CapacitySpec
 from assay.spec.run import MeshSpec
 
 LLAMA = presets.get("llama-3-8b").run.changed(
@@ -216,6 +217,38 @@ def test_search_takes_parts_where_they_allow_to_recompute_less():
     kinds = {(plan.run.compute.remat, plan.run.train.accumulate) for plan in plans}
     assert any(parts > 1 and remat != "block" for remat, parts in kinds)
     assert confirmed(plans) == (plans[0], plans[1:])  # there is no compiler for GPUs here
+
+
+def test_search_holds_to_the_mesh_and_the_policy_that_are_given():
+    run, topology = on(LLAMA, fsdp=8), parse_topology("h100:8")
+    plans = search(run, topology, mesh=run.mesh, remat="dots")
+    assert plans
+    assert {plan.run.mesh for plan in plans} == {run.mesh}
+    assert {plan.run.compute.remat for plan in plans} == {"dots"}
+    with pytest.raises(AssayError, match="'block'"):
+        search(run, topology, remat="blok")
+
+
+def test_search_offloads_the_optimizer_where_nothing_fits_otherwise():
+    run, topology = LLAMA.at("data.batch_size", 1), parse_topology("h200:1")
+    (best, *_) = search(run.at("data.seq_len", 1024), topology)
+    assert best.run.compute.offload_optimizer
+    assert least(run, topology).memory.total <= best.memory.total * 1.5
+    assert not search(run, parse_topology("v5e:1x1"))
+
+
+def test_places_of_experts_on_several_devices():
+    """Mixtral: a token's 2 choices; on 8 devices with an expert each any may get one of them."""
+    moe = presets.get("mixtral-8x7b").run.model.decoder.pattern[0].feed_forward
+    assert [places(moe, ways) for ways in (1, 2, 4, 8)] == [2, 4, 8, 8]
+    limited = moe.replace(capacity=CapacitySpec(load=1.25))
+    assert [places(limited, ways) for ways in (1, 8)] == [2, 2.5]
+    run = presets.get("mixtral-8x7b").run.changed({"data.batch_size": 64, "data.seq_len": 4096})
+    exact = collective_bytes(on(run, fsdp=8, expert=8), "none", System(exact=True))["expert"]
+    padded = collective_bytes(on(run, fsdp=8, expert=8), "none")["expert"]
+    assert 3.5 < padded / exact <= 4
+    split = training_memory(on(run, fsdp=8, expert=8), "block").working
+    assert split > 3 * training_memory(on(run, fsdp=64), "block").working
 
 
 def test_what_the_compiler_needs_more_the_next_plans_are_taken_to_need(monkeypatch):

@@ -5,13 +5,14 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 
 from assay.errors import AssayError
 from assay.model.transformer import layout
 from assay.spec.run import ComputeSpec, MeshSpec
-from assay.train.checkpoint import Checkpoints, flatten_state
+from assay.train.checkpoint import Checkpoints, flatten_state, safe_from_the_next_step
 from assay.train.loop import read_run, train
 from assay.train.step import initial_state
 from tests.train.conftest import lines
@@ -140,6 +141,17 @@ def test_scanned_and_unrolled_checkpoints_load_each_other(run, tmp_path):
     resumed = train(run.replace(mesh=MeshSpec(data=2, tensor=2)), out, resume=True)
     whole = train(run, tmp_path / "whole")
     assert resumed.train_loss == pytest.approx(whole.train_loss, rel=1e-4)
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_what_is_saved_shares_no_buffer_with_the_state(run, scan):
+    """The next step gives its buffers away while they are written."""
+    run = run.replace(compute=ComputeSpec(scan_layers=scan))
+    state, form = initial_state(run), layout(run.model, run.compute)
+    own = {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(state.params)}
+    saved = safe_from_the_next_step(state, form)
+    assert saved.keys() == flatten_state(state, form).keys()
+    assert not own & {leaf.unsafe_buffer_pointer() for leaf in saved.values()}
 
 
 def test_a_checkpoint_of_another_architecture_is_refused(run, tmp_path):

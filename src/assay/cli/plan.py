@@ -33,12 +33,14 @@ def plan(
     ] = "auto",
     search: Annotated[
         bool,
-        typer.Option("--search", help="Propose mesh, remat, and the batch or what parts it takes."),
+        typer.Option(
+            "--search", help="Propose what is not given: mesh, remat, the batch or its parts."
+        ),
     ] = False,
     compile: Annotated[
         bool, typer.Option("--compile/--no-compile", help="Compile for a TPU that is not there.")
     ] = True,
-    price: Annotated[float | None, typer.Option(help="US dollars a chip-hour.")] = None,
+    price: Annotated[float | None, typer.Option(help="US dollars a chip-hour.", min=0)] = None,
     settings: Settings = None,
     as_json: Json = False,
 ) -> None:
@@ -67,12 +69,10 @@ def plan(
     from assay.plan import planner
 
     if search:
-        plans = planner.search(run, machine, batch=free, most=200)
+        held = run.mesh if mesh is not None else None
+        plans = planner.search(run, machine, batch=free, mesh=held, remat=remat, most=200)
         if not plans:
-            raise AssayError(
-                f"plan: no mesh of {machine.name} holds {model} at {run.data.batch_size} x "
-                f"{run.data.seq_len} tokens an update; take more chips or a smaller batch."
-            )
+            raise AssayError(_what_would_fit(run, machine, held))
         best, others = planner.confirmed(plans) if compile else (plans[0], plans[1:])
         others = others[:RUNNERS_UP]
     else:
@@ -85,13 +85,41 @@ def plan(
     emit(data, as_json)
 
 
+def _what_would_fit(run, machine, mesh) -> str:
+    """Why a search found nothing, and what is nearest."""
+    from assay.plan import planner
+
+    data = run.data
+    where = machine.name if mesh is None else f"{machine.name} on that mesh"
+    sentence = f"plan: nothing that was tried fits {where} at {data.seq_len:,} tokens a sequence"
+    best = planner.least(run, machine, mesh)
+    if best is None:
+        return f"{sentence}: no mesh is legal for {data.batch_size} sequences."
+    sizes = best.as_json()["mesh"].items()
+    axes = ", ".join(f"{axis}={size}" for axis, size in sizes) or "one device"
+    sentence += (
+        f". The least is {_size(best.memory.total)} a device of {_size(best.room)} ({axes}; blocks "
+        "recomputed, the optimizer offloaded, a sequence at a time)"
+    )
+    length = data.seq_len
+    while length > 128 and not best.fits:
+        length //= 2
+        best = planner.least(run.at("data.seq_len", length), machine, mesh) or best
+    if best.fits and length < data.seq_len:
+        return f"{sentence}. {length:,} tokens would fit; or take more chips."
+    if best.fits:
+        return f"{sentence}: take a smaller batch."
+    return f"{sentence}: take more chips, or larger ones."
+
+
 def _print(model: str, plan, others) -> None:
     data, chip, console = plan.as_json(), plan.topology.chip, out()
     verdict = "[green]fits[/]" if plan.fits else "[red]does not fit[/]"
     axes = ", ".join(f"{axis}={size}" for axis, size in data["mesh"].items()) or "one device"
     console.print(
         f"[bold]{model}[/] on {plan.topology.name} ({axes}), {_batch(plan.run)} x "
-        f"{data['seq_len']:,} tokens an update, {data['dtype']}, remat {data['remat']}: {verdict}."
+        f"{data['seq_len']:,} tokens an update, {data['dtype']}, remat {data['remat']}"
+        f"{', optimizer offloaded' if data['offload_optimizer'] else ''}: {verdict}."
     )
     how = "compiled for it" if data["compiled"] else "estimated from the spec"
     console.print(f"\n[italic]memory a device, {how}[/]")

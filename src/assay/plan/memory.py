@@ -8,7 +8,7 @@ moment: one block in full, and the logits.
 import math
 from dataclasses import dataclass
 
-from assay.plan.work import blocks_of, expert_parameters, mesh_sizes, parameter_ways
+from assay.plan.work import blocks_of, expert_parameters, mesh_sizes, parameter_ways, places
 from assay.spec.accounting import (
     BYTES,
     kv_bytes_per_source_token,
@@ -16,7 +16,7 @@ from assay.spec.accounting import (
     parameters,
 )
 from assay.spec.model import BlockSpec, MlpSpec, MoeSpec, TransformerSpec
-from assay.spec.run import RunSpec
+from assay.spec.run import MeshSpec, RunSpec
 from assay.train.loss import CHUNK, LARGE
 
 STATISTICS = {"adamw": 2, "muon": 1, "sgd": 0}
@@ -48,24 +48,26 @@ def training_memory(run: RunSpec, recompute: str, *, flash: bool = True) -> Memo
     rows = run.data.batch_size / run.mesh.batch_shards / run.train.accumulate
     tokens, tensor = rows * run.data.seq_len, mesh["tensor"]
     blocks = blocks_of(spec)
-    kept = sum(_kept(block, spec.d_model, tensor, recompute) for block in blocks)
+    kept = sum(_kept(block, spec.d_model, run.mesh, recompute) for block in blocks)
     if recompute == "none":
-        kept += sum(_float32(block, spec.d_model, tensor) for block in blocks) * 4 / width
-    largest = max((_everything(block, spec.d_model, tensor) for block in blocks), default=0)
+        kept += sum(_float32(block, spec.d_model, run.mesh) for block in blocks) * 4 / width
+    largest = max((_worst(block, spec.d_model, run.mesh) for block in blocks), default=0)
     if not flash:
         scores = [b.attention.heads / tensor * run.data.seq_len for b in blocks if b.attention]
         # Scores and weights, both in float32, and the weights again in the products' dtype.
         each = 1 + 2 * 4 / width
         largest += each * max(scores, default=0)
         kept += each * sum(scores) if recompute in ("none", "dots") else 0
-    layer = (total - expert_parameters(spec)) / max(len(blocks), 1) / tensor
-    layer += expert_parameters(spec) / max(len(blocks), 1) / tensor / mesh["expert"]
+    # Two layers' parameters, one in use and one on its way; and experts' gradients, made whole.
+    each = max(len(blocks), 1) * tensor
+    experts = expert_parameters(spec) / each / mesh["expert"]
+    layers = 2 * (total - expert_parameters(spec)) / each + 3 * experts
     vocabulary = spec.padded_vocab / tensor
     return Memory(
         parameters=4 * held,
         optimizer=0 if offloaded else 4 * STATISTICS[run.optimizer.kind] * held,
         gradients=4 * held,
-        gathered=(2 * layer * width if mesh["fsdp"] > 1 else 0)
+        gathered=(layers * width if mesh["fsdp"] > 1 else 0)
         + (held * width if width < 4 and mesh["fsdp"] == 1 else 0),
         activations=tokens * kept * width,
         working=tokens * largest * width,
@@ -130,29 +132,39 @@ def _logits(run: RunSpec, size: float) -> float:
     return size if size < LARGE else CHUNK
 
 
-def _kept(block: BlockSpec, d: int, tensor: int, recompute: str) -> float:
+def _kept(block: BlockSpec, d: int, mesh: MeshSpec, recompute: str) -> float:
     """Numbers a token that a block leaves for its backward pass."""
     match recompute:
         case "block":
             return d
         case "mlp":
-            return 2 * d + _attention(block, d, tensor)
+            return 2 * d + _attention(block, d, mesh.tensor)
         case "dots" | "weights":
-            return 3 * d + _attention(block, d, tensor) + _hidden(block, d) / tensor
-    return _everything(block, d, tensor)
+            kept = 3 * d + _attention(block, d, mesh.tensor)
+            return kept + _plain_products(block.feed_forward) / mesh.tensor
+    return _everything(block, d, mesh)
 
 
-def _everything(block: BlockSpec, d: int, tensor: int) -> float:
+def _everything(block: BlockSpec, d: int, mesh: MeshSpec) -> float:
     """Numbers a token of all that a block computes: norms, products, activations, sums."""
-    return 5 * d + _attention(block, d, tensor) + 2 * _hidden(block, d) / tensor
+    return 5 * d + _attention(block, d, mesh.tensor) + 2 * _feed_forward(block, d, mesh)
 
 
-def _float32(block: BlockSpec, d: int, tensor: int) -> float:
+def _worst(block: BlockSpec, d: int, mesh: MeshSpec) -> float:
+    """Numbers a token while a block's gradient is made: of experts', gradients beside features."""
+    features = 0.0
+    if isinstance(block.feed_forward, MoeSpec):
+        moe = block.feed_forward
+        features = 2 * places(moe, mesh.expert) * _widths(moe.expert) / mesh.tensor
+    return _everything(block, d, mesh) + features
+
+
+def _float32(block: BlockSpec, d: int, mesh: MeshSpec) -> float:
     """Numbers a token that norms and activations keep in float32, whatever the dtype around them.
 
     Held against the compiler: Llama 3 8B without recomputation, 96.1 GiB compiled, 96.7 so counted.
     """
-    return 4 * d + 3 * _hidden(block, d) / 2 / tensor
+    return 4 * d + 3 * _feed_forward(block, d, mesh) / 2
 
 
 def _attention(block: BlockSpec, d: int, tensor: int) -> float:
@@ -163,15 +175,31 @@ def _attention(block: BlockSpec, d: int, tensor: int) -> float:
     )
 
 
-def _hidden(block: BlockSpec, d: int) -> float:
-    def widths(mlp: MlpSpec) -> float:
-        return sum(mlp.widths) * (1 + mlp.gated)
+def _feed_forward(block: BlockSpec, d: int, mesh: MeshSpec) -> float:
+    """Numbers a token of a feed-forward's first products, and of what goes to experts and back.
 
+    An expert's features are of the places in its device's buffers, however few are taken.
+    """
     match block.feed_forward:
         case MlpSpec() as mlp:
-            return widths(mlp)
+            return _widths(mlp) / mesh.tensor
         case MoeSpec() as moe:
-            load = moe.capacity.load if moe.capacity else 1
-            shared = widths(moe.shared) if moe.shared else 0
-            return moe.active_experts * load * (widths(moe.expert) + 2 * d) + shared
+            each = _widths(moe.expert) / mesh.tensor + (2 if mesh.expert == 1 else EXCHANGED) * d
+            shared = _widths(moe.shared) / mesh.tensor if moe.shared else 0
+            return places(moe, mesh.expert) * each + shared
     return 0
+
+
+EXCHANGED = 4
+"""Copies of a token's vector, halved: sent, received, in order of the experts; and back."""
+
+
+def _plain_products(feed_forward: MlpSpec | MoeSpec | None) -> float:
+    """Numbers a token of the first products that JAX's policies know as such: not of experts."""
+    if isinstance(feed_forward, MoeSpec):
+        feed_forward = feed_forward.shared
+    return 0 if feed_forward is None else _widths(feed_forward)
+
+
+def _widths(mlp: MlpSpec) -> float:
+    return sum(mlp.widths) * (1 + mlp.gated)

@@ -84,6 +84,7 @@ class Plan:
             "seq_len": self.run.data.seq_len,
             "dtype": self.run.compute.dtype,
             "remat": self.run.compute.remat,
+            "offload_optimizer": self.run.compute.offload_optimizer,
             "fits": self.fits,
             "bytes_per_device": round(self.bytes_per_device),
             "memory_per_device": self.topology.chip.memory,
@@ -131,9 +132,7 @@ def make_plan(run: RunSpec, topology: Topology, remat: str = "auto", *, compile:
     """
     run = for_target(on_mesh(run, topology), topology)
     if remat != "auto":
-        if remat not in POLICIES:
-            raise AssayError(f"remat: '{remat}' is no policy; {did_you_mean(remat, POLICIES)}")
-        return _plan(run.at("compute.remat", remat), topology, compile)
+        return _plan(run.at("compute.remat", _known(remat)), topology, compile)
     candidates = [run.at("compute.remat", policy) for policy in AUTO]
     roomy = [c for c in candidates if _plan(c, topology, False).fits] or candidates[-1:]
     for candidate in roomy:
@@ -141,6 +140,12 @@ def make_plan(run: RunSpec, topology: Topology, remat: str = "auto", *, compile:
         if plan.fits:
             return plan
     return plan
+
+
+def _known(remat: str) -> str:
+    if remat not in POLICIES:
+        raise AssayError(f"remat: '{remat}' is no policy; {did_you_mean(remat, POLICIES)}")
+    return remat
 
 
 def on_mesh(run: RunSpec, topology: Topology) -> RunSpec:
@@ -208,24 +213,66 @@ ENOUGH = 0.98
 """Of the fastest batch's tokens a second: a smaller one that reaches it is proposed."""
 
 
-def search(run: RunSpec, topology: Topology, *, batch: bool = False, most: int = 8) -> list[Plan]:
+PARTS = (1, 2, 4, 8, 16, 32, 64)
+"""Into how many a batch may be cut (gradient accumulation)."""
+
+
+def search(
+    run: RunSpec,
+    topology: Topology,
+    *,
+    batch: bool = False,
+    mesh: MeshSpec | None = None,
+    remat: str = "auto",
+    most: int = 8,
+) -> list[Plan]:
     """The fastest plans that fit, by estimate: every mesh of the devices, and remat policy.
 
-    The batch is the run's; where it does not fit at once, it goes in up to 8 parts, summed up.
-    With `batch` it is proposed too: 1 to 32 sequences a device, the fewest that lose no speed.
+    The batch is the run's; where it does not fit at once, it goes in parts, summed up. With
+    `batch` it is proposed too: 1 to 32 sequences a device, the fewest that lose no speed. A `mesh`
+    or a policy that is given is held to. If nothing fits otherwise, the optimizer's statistics go
+    to the host's memory.
     """
-    plans, run = [], for_target(run, topology)
+    run = for_target(run, topology)
+    policies = AUTO if remat == "auto" else (_known(remat),)
+    tried = list(meshes(topology.devices)) if mesh is None else [on_mesh(run, topology).mesh]
     propose = _batch_of if batch else _parts_of
-    for mesh, policy in product(meshes(topology.devices), AUTO):
-        plan = propose(run.at("compute.remat", policy), mesh, topology)
-        if plan is not None:
-            plans.append(plan)
-    return sorted(plans, key=lambda plan: -plan.speed.tokens_per_second)[:most]
+    for offload in (run.compute.offload_optimizer, True):
+        plans = [
+            propose(
+                run.changed({"compute.remat": policy, "compute.offload_optimizer": offload}),
+                mesh,
+                topology,
+            )
+            for mesh, policy in product(tried, policies)
+        ]
+        found = sorted(filter(None, plans), key=lambda plan: -plan.speed.tokens_per_second)
+        if found or offload:
+            return found[:most]
+    return []
+
+
+def least(run: RunSpec, topology: Topology, mesh: MeshSpec | None = None) -> Plan | None:
+    """The plan that needs the least memory, whether it fits or not: for a sentence on what would.
+
+    Blocks are done again, the optimizer is offloaded, and the batch is one sequence a pass and
+    group of devices that share one.
+    """
+    run = for_target(run, topology)
+    run = run.changed({"compute.remat": "block", "compute.offload_optimizer": True})
+    plans = []
+    for one in meshes(topology.devices) if mesh is None else [on_mesh(run, topology).mesh]:
+        parts = max(1, run.data.batch_size // one.batch_shards)
+        train = run.train.replace(accumulate=parts)
+        plans.append(_estimated(run, topology, mesh=one, train=train))
+    return min(filter(None, plans), key=lambda plan: plan.memory.total, default=None)
 
 
 def _parts_of(run: RunSpec, mesh: MeshSpec, topology: Topology) -> Plan | None:
     """The run's batch in as few parts as fit: more are never faster."""
-    for parts in (1, 2, 4, 8):
+    for parts in PARTS:
+        if parts > run.data.batch_size:
+            break
         train = run.train.replace(accumulate=parts)
         plan = _estimated(run, topology, mesh=mesh, train=train)
         if plan is not None and plan.fits:

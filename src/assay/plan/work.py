@@ -15,10 +15,11 @@ from assay.spec.accounting import BYTES, flops_per_token, mean_keys, parameters,
 from assay.spec.model import BlockSpec, MlpSpec, MoeSpec, TransformerSpec
 from assay.spec.run import MeshSpec, RunSpec
 
-RECOMPUTED = ("none", "dots", "weights", "mlp", "block")
-"""What the backward pass computes again, least first: nothing; all but products; also attention's
-products; a feed-forward's first products in their stead, attention kept; all of a block but its
-last product, whose output nobody needs."""
+RECOMPUTED = ("none", "elementwise", "dots", "weights", "mlp", "block")
+"""What the backward pass computes again, least first: nothing; all but products; also those of
+experts, which are no plain products to JAX's policies; also attention's products; a
+feed-forward's first products in their stead, attention kept; all of a block but its last product,
+whose output nobody needs."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,9 @@ class System:
     each device computes the whole loss. `pieces`: a product and the collective beside it are
     taken in pieces, so that one goes on behind the other; if None, on TPUs.
 
+    `exact`: tokens that are exchanged take the places they need; otherwise as many as could be
+    needed (`places`).
+
     `sums`: the dtype in which gradients are summed over devices, if not the products'.
     `sums_once`: with gradient accumulation they are summed after the last pass only, also where
     parameters lie in parts. `zero1`: each device updates a part of the parameters, which are
@@ -50,6 +54,7 @@ class System:
     gathers_each: bool = False
     whole_logits: bool = False
     pieces: bool | None = None
+    exact: bool = False
     sums: str | None = None
     sums_once: bool = False
     zero1: bool = False
@@ -141,11 +146,17 @@ def _flops(spec: TransformerSpec) -> tuple[dict[str, float], dict[str, float], f
     products = one | {"attention": one["attention"] - a_key}
     products["feed_forward"] += _empty_places(spec)
     last = sum(_last_product(block.feed_forward, spec.d_model) for block in blocks_of(spec))
+    routed = sum(
+        block.feed_forward.active_experts * _but_last(block.feed_forward.expert, spec.d_model)
+        for block in blocks_of(spec)
+        if isinstance(block.feed_forward, MoeSpec)
+    )
     inside = products["attention"] + products["feed_forward"]
     again = {
         "none": 0.0,
-        "dots": 0.0,
-        "weights": 0.0,
+        "elementwise": 0.0,
+        "dots": routed,
+        "weights": routed,
         "mlp": products["feed_forward"] - last,
         "block": inside - last,
     }
@@ -199,6 +210,24 @@ def _last_product(feed_forward: MlpSpec | MoeSpec | None, d: int) -> float:
     return 2 * feed_forward.widths[-1] * d
 
 
+def _but_last(mlp: MlpSpec, d: int) -> float:
+    """FLOPs a token of an MLP's products but the last."""
+    return 2 * _mlp_weights(mlp, d) - _last_product(mlp, d)
+
+
+def places(moe: MoeSpec, ways: int) -> float:
+    """Places a token in the buffers of experts that lie on so many devices.
+
+    On one device its choices. On several, each must have room for as many of a token's choices as
+    it has experts, or for the capacity limit if that is less.
+    """
+    choices = moe.active_experts
+    if ways == 1:
+        return choices
+    room = ways * min(choices, moe.experts // ways)
+    return room if moe.capacity is None else min(room, moe.capacity.load * choices)
+
+
 # ---------------------------------------------------------------------------- memory traffic
 
 # Times that a block's tensors are read or written by elementwise operations in the forward pass,
@@ -217,7 +246,7 @@ def _block_traffic(run: RunSpec, width: int, recompute: str, system: System) -> 
     spec, tensor, passes = run.model, run.mesh.tensor, 0.0
     for block in blocks_of(spec):
         passes += STREAM * spec.d_model / (tensor if system.in_parts else 1)
-        passes += _inner_passes(block, spec.d_model, run.mesh.expert > 1) / tensor
+        passes += _inner_passes(block, spec.d_model, run.mesh.expert, system) / tensor
     times = 3 + (recompute != "none")
     traffic = times * passes * (1 if system.fused else UNFUSED)
     if system.in_parts and tensor > 1:  # into order: one read and one write
@@ -225,7 +254,7 @@ def _block_traffic(run: RunSpec, width: int, recompute: str, system: System) -> 
     return traffic * width
 
 
-def _inner_passes(block: BlockSpec, d: int, exchanged: bool) -> float:
+def _inner_passes(block: BlockSpec, d: int, ways: int, system: System) -> float:
     passes = 0.0
     if block.attention is not None:
         attention = block.attention
@@ -234,8 +263,9 @@ def _inner_passes(block: BlockSpec, d: int, exchanged: bool) -> float:
         case MlpSpec() as mlp:
             passes += _activation_passes(mlp)
         case MoeSpec() as moe:
-            sorting = SORTED + (EXCHANGED if exchanged else 0)
-            passes += moe.active_experts * (_activation_passes(moe.expert) + sorting * d)
+            sorting = SORTED + (EXCHANGED if ways > 1 else 0)
+            each = moe.active_experts if system.exact else places(moe, ways)
+            passes += each * (_activation_passes(moe.expert) + sorting * d)
             passes += _activation_passes(moe.shared) if moe.shared else 0
     return passes
 
@@ -309,7 +339,8 @@ def _sent(run: RunSpec, recompute: str, system: System) -> tuple[Sent, ...]:
     fsdp: each parameter is gathered for the forward and again for the backward pass, and its
     gradient reduced and scattered, once a pass over part of a batch. data: gradients are summed
     (sent twice). tensor: two sums of the residual stream a block, forward and backward. expert:
-    each choice's vector travels to its expert and back, forward and backward.
+    each choice's vector (or as many as there is room for) travels to its expert and back, forward
+    and backward, and again where its experts' products are not kept.
     """
     mesh, width = mesh_sizes(run.mesh), BYTES[run.compute.dtype]
     spec, passes = run.model, run.train.accumulate
@@ -320,11 +351,9 @@ def _sent(run: RunSpec, recompute: str, system: System) -> tuple[Sent, ...]:
     part = parameters(spec).total / split / mesh["expert"]  # dense ones were scattered by expert
     summed = BYTES[system.sums] if system.sums else width
     again = recompute in ("mlp", "block")
-    chosen = sum(
-        block.feed_forward.active_experts
-        for block in blocks_of(spec)
-        if isinstance(block.feed_forward, MoeSpec)
-    )
+    routed = [b.feed_forward for b in blocks_of(spec) if isinstance(b.feed_forward, MoeSpec)]
+    rows = sum(m.active_experts if system.exact else places(m, mesh["expert"]) for m in routed)
+    exchanges = 4 if recompute in ("none", "elementwise") else 6
     stream = tokens * spec.d_model * width
     if system.in_parts:
         activations = stream * _gathers_and_scatters(spec, recompute, system)
@@ -333,7 +362,7 @@ def _sent(run: RunSpec, recompute: str, system: System) -> tuple[Sent, ...]:
     if system.whole_logits and spec.head is not None:
         activations += tokens * spec.padded_vocab * width
     reduced, once = held * summed * _travels(mesh["fsdp"]), system.sums_once
-    exchanged = (4 + 2 * again) * chosen * stream * _travels(mesh["expert"])
+    exchanged = exchanges * rows * stream * _travels(mesh["expert"])
     # Of what goes both ways, forward's share; of sums, that of gathering what was updated.
     half, updated = 2 / (4 + again), 0.5 if system.zero1 else 0.0
     sent = (
@@ -343,7 +372,7 @@ def _sent(run: RunSpec, recompute: str, system: System) -> tuple[Sent, ...]:
         else Sent("fsdp", "gather", passes * reduced, 0.0),
         Sent("data", "sum", part * (summed + width) * _travels(mesh["data"]), updated),
         Sent("tensor", "stream", activations * _travels(mesh["tensor"]), half),
-        Sent("expert", "exchange", exchanged, half),
+        Sent("expert", "exchange", exchanged, 2 / exchanges),
         Sent("expert", "sum", dense * (summed + width) * _travels(mesh["expert"]), updated),
     )
     return tuple(one for one in sent if one.size)

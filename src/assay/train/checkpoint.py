@@ -44,7 +44,7 @@ class Checkpoints:
         self._manager.save(
             step,
             args=ocp.args.Composite(
-                state=ocp.args.PyTreeSave(_safe_from_the_next_step(state, layout)),
+                state=ocp.args.PyTreeSave(safe_from_the_next_step(state, layout)),
                 data=ocp.args.JsonSave({"position": position, **extra}),
             ),
         )
@@ -153,7 +153,7 @@ def _placed(like: dict[str, Any], **options: Any) -> "ocp.args.PyTreeRestore":
     return ocp.args.PyTreeRestore(shapes, restore_args=places, **options)
 
 
-def _safe_from_the_next_step(state: TrainState, layout: Layout) -> dict[str, jax.Array]:
+def safe_from_the_next_step(state: TrainState, layout: Layout) -> dict[str, jax.Array]:
     """The named state, in buffers that the next step does not give away while it is written.
 
     What an accelerator holds Orbax copies to the host before `save` returns. What is in the
