@@ -162,7 +162,11 @@ def _print(model: str, plan, others) -> None:
         )
     if others:
         if not plan.fits:
-            console.print("None that was compiled fits; the others are estimates.", style="red")
+            console.print(
+                "None that was compiled fits; the others are estimates. Take more chips, or fewer "
+                "tokens (--batch-size, --seq-len).",
+                style="red",
+            )
         console.print("\n[italic]runners-up, estimated[/]")
         table = Table("mesh", "batch", "remat", "memory", "tokens/s", "MFU", box=None)
         for other in others:
