@@ -194,7 +194,8 @@ VECTORS = 8
 """Copies of a place's vector, halved: in order of the experts and back, in float32 where they are
 summed, and their gradients. Held against the compiler, GiB estimated and compiled: Mixtral on
 v6e:16x16 at 32,768 tokens a device, blocks recomputed, fsdp=256: 42.8, 41; fsdp=128, tensor=2:
-31.4, 34.3; on v5p:4x4x4 with fsdp=8, expert=8 and weights kept: 31.5, 32.5."""
+31.4, 34.3; fsdp=64, tensor=4: 25.8, 26.3; on v5p:4x4x4 with fsdp=8, expert=8 and weights kept:
+31.5, 32.5."""
 
 
 def _plain_products(feed_forward: MlpSpec | MoeSpec | None) -> float:
