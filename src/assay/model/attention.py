@@ -14,10 +14,18 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Float32, Int32, Key
 
-from assay.model import native
+from assay.model import blas, native
 from assay.model.cache import LayerCache
 from assay.model.flash import fits, flash_attend, flash_kernel
-from assay.model.layers import Linear, Norm, activate, dropout, linears, use_cpu_kernels
+from assay.model.layers import (
+    CpuKernels,
+    Linear,
+    Norm,
+    activate,
+    dropout,
+    linears,
+    use_cpu_kernels,
+)
 from assay.model.positions import alibi_bias, relative_bias, rope_tables, rotate
 from assay.model.sharding import constant_parameter, constrain, parameter, table_rows
 from assay.spec.model import Alibi, AttentionSpec, RelativeBias, Rope, ValueEmbedding, WeightInit
@@ -130,7 +138,7 @@ def attend(
     softcap: float | None = None,
     dropout_rate: float = 0.0,
     key: Key[Array, ""] | None = None,
-    cpu: bool = False,
+    cpu: CpuKernels = False,
     causal: bool = False,
     window: int | None = None,
 ) -> Float[Array, "b t h c"]:
@@ -145,6 +153,9 @@ def attend(
         bias = bias.reshape((-1, 1, *bias.shape[-2:]))
     groups = h // k.shape[2]
     if cpu and softcap is None and (key is None or dropout_rate == 0.0) and t > 1:
+        if cpu == "blas" and blas.attends(q.dtype, bias.shape) and blas.usable():
+            square = causal and t == k.shape[1]
+            return blas.attend(q, k, v, bias, scale, square, window if square else None)
         return _attend_in_blocks(q, k, v, bias, scale, _blocks(t, k.shape[1], causal, window))
     lying = cpu and t == 1
     q = q.reshape(b, t, h // groups, groups, c)

@@ -9,6 +9,7 @@ much there (docs/performance.md). The results are the same.
 
 import math
 from functools import partial
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
+from assay.model import blas
 from assay.model.sharding import constant_parameter, parameter
 from assay.spec.model import Activation, MlpSpec, NormSpec, WeightInit
 from assay.spec.run import ComputeSpec
@@ -29,16 +31,28 @@ def along_last(vector: Float[Array, "d"], x: Float[Array, "*b d"]) -> Float[Arra
 # ---------------------------------------------------------------------------- products
 
 
-def use_cpu_kernels(compute: ComputeSpec) -> bool:
-    """Whether the forms that suit XLA's CPU backend are to be used."""
-    return compute.kernels == "cpu" or (
-        compute.kernels == "auto" and jax.default_backend() == "cpu"
-    )
+CpuKernels = bool | Literal["blas"]
+"""Whether the forms that suit XLA's CPU backend are used; "blas": and `blas.py` where it can be."""
 
 
-def product(x: Float[Array, "*b k"], w: Float[Array, "..."], *, transposed=False, cpu=False):
+def use_cpu_kernels(compute: ComputeSpec) -> CpuKernels:
+    """What `compute.kernels` asks for; "auto" is "blas" on a CPU."""
+    if compute.kernels == "auto" and jax.default_backend() == "cpu":
+        return "blas"
+    return compute.kernels == "cpu"
+
+
+def product(
+    x: Float[Array, "*b k"],
+    w: Float[Array, "..."],
+    *,
+    transposed: bool = False,
+    cpu: CpuKernels = False,
+) -> Float[Array, "*b n"]:
     """x @ w, or x @ w.T for a `transposed` (N, K) weight; (..., K) -> (..., N), in x's dtype."""
     w = w.astype(x.dtype)
+    if cpu == "blas" and blas.multiplies(x.dtype) and blas.usable():
+        return _blas_product(x, w, transposed)
     if cpu:
         return _cpu_product(x, w, transposed)
     return jnp.einsum("...k,nk->...n" if transposed else "...k,kn->...n", x, w)
@@ -71,12 +85,33 @@ def _cpu_product_backward(transposed, saved, g):
 _cpu_product.defvjp(_cpu_product_forward, _cpu_product_backward)
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _blas_product(x, w, transposed):
+    y = blas.matmul(x.reshape(-1, x.shape[-1]), w, tb=transposed)
+    return y.reshape(*x.shape[:-1], -1)
+
+
+def _blas_product_forward(x, w, transposed):
+    return _blas_product(x, w, transposed), (x, w)
+
+
+def _blas_product_backward(transposed, saved, g):
+    x, w = saved
+    rows, g = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
+    dx = blas.matmul(g, w, tb=not transposed).reshape(x.shape)
+    dw = blas.matmul(g, rows, ta=True) if transposed else blas.matmul(rows, g, ta=True)
+    return dx, dw
+
+
+_blas_product.defvjp(_blas_product_forward, _blas_product_backward)
+
+
 def linear(
     x: Float[Array, "*b k"],
     w: Float[Array, "k n"],
     b: Float[Array, "n"] | None = None,
     *,
-    cpu: bool = False,
+    cpu: CpuKernels = False,
 ) -> Float[Array, "*b n"]:
     """x w + b, in x's dtype."""
     y = product(x, w, cpu=cpu)
@@ -124,7 +159,7 @@ def linears(x: Float[Array, "*b k"], *layers: Linear) -> tuple[Float[Array, "*b 
     if layers[0].b is not None:
         b = jnp.concatenate([layer.b[...] for layer in layers])
     widths = np.cumsum([layer.w.shape[1] for layer in layers])
-    return tuple(jnp.split(linear(x, w, b, cpu=True), widths[:-1].tolist(), axis=-1))
+    return tuple(jnp.split(linear(x, w, b, cpu=layers[0].cpu), widths[:-1].tolist(), axis=-1))
 
 
 # ---------------------------------------------------------------------------- activations
@@ -216,7 +251,7 @@ def normalise(
     *,
     centred: bool,
     epsilon: float,
-    cpu: bool = False,
+    cpu: CpuKernels = False,
 ) -> Float[Array, "*b d"]:
     """LayerNorm (`centred`) or RMSNorm of the last axis, in float32 and back."""
     if cpu:

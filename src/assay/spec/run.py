@@ -243,7 +243,8 @@ class ComputeSpec(Spec):
     weights, with the products kept in the host's memory. `offload_optimizer` keeps the
     optimizer's statistics there. `loss_chunk` is of how many tokens (of a device) logits stand at
     a time; 0 is all, and by default it is what fits where all would be large. `kernels`: auto
-    picks the fast form for the device that JAX runs on; plain is autodiff of the plain formula.
+    picks the fast form for the device that JAX runs on; plain is autodiff of the plain formula;
+    cpu is what suits XLA's CPU backend, without the BLAS that auto takes there (`model/blas.py`).
     `moe_dispatch` is how tokens get to their experts (`model/moe.py`); auto is blocks on a CPU
     and ragged elsewhere.
     """

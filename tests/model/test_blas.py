@@ -1,0 +1,203 @@
+"""Products and attention by BLAS against plain autodiff: values, gradients, and transforms."""
+
+import os
+import subprocess
+import sys
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from assay.model import blas
+from assay.model.attention import attend, hide
+from assay.model.layers import product, use_cpu_kernels
+from assay.model.transformer import abstract
+from assay.spec.presets import PRESETS
+from assay.spec.run import ComputeSpec
+from assay.train.step import initial_state, make_step
+
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+TRANSFORMS = {
+    "jit": lambda f: jax.jit(f),
+    "remat": lambda f: jax.jit(jax.checkpoint(f)),
+    "vmap": lambda f: lambda *x: jax.vmap(f)(*(jnp.stack([y, y + 0.1]) for y in x)),
+    "scan": lambda f: lambda *x: jax.lax.scan(lambda c, _: (c, f(*x)), None, None, length=2)[1],
+}
+
+
+@pytest.fixture(autouse=True)
+def compiled():
+    there, why = blas.build()
+    assert there, why  # a compiler is what the tests' machine has
+
+
+def normal(seed, *shape, dtype=jnp.float32):
+    return jax.random.normal(jax.random.key(seed), shape).astype(dtype)
+
+
+def with_gradients(f, *x):
+    value, pullback = jax.vjp(f, *x)
+    return value, *pullback(normal(9, *value.shape, dtype=value.dtype))
+
+
+def assert_same(found, wanted, **tolerance):
+    for a, b in zip(found, wanted, strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_allclose(*(np.asarray(y, np.float32) for y in (a, b)), **tolerance)
+
+
+def names(f, *x):
+    return [t for t in str(jax.make_jaxpr(f)(*x)).split() if "assay_" in t]
+
+
+# ---------------------------------------------------------------------------- products
+
+
+# The last is large enough to be cut among threads, at a side that does not divide.
+@pytest.mark.parametrize(
+    "shape", [(5, 7, 3), (1, 16, 1), (33, 20, 70), (70, 20, 33), (205, 96, 131)]
+)
+@pytest.mark.parametrize("turned", [(False, False), (True, False), (False, True)], ids=str)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_matmul(shape, turned, dtype):
+    m, k, n = shape
+    ta, tb = turned
+    a, b = normal(0, m, k, dtype=dtype), normal(1, k, n, dtype=dtype)
+    wanted = jnp.dot(a, b, preferred_element_type=jnp.float32).astype(dtype)
+    found = blas.matmul(a.T if ta else a, b.T if tb else b, ta=ta, tb=tb)
+    close = CLOSE if dtype == jnp.float32 else {"rtol": 2**-7, "atol": 1e-5}
+    assert_same([found], [wanted], **close)
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS.keys())
+@pytest.mark.parametrize("transposed", [False, True])
+def test_product(transform, transposed):
+    x, w = normal(0, 2, 3, 5), normal(1, *((4, 5) if transposed else (5, 4)))
+    layer = partial(product, transposed=transposed)
+    assert names(partial(layer, cpu="blas"), x, w)
+    found = with_gradients(transform(partial(layer, cpu="blas")), x, w)
+    assert_same(found, with_gradients(transform(layer), x, w), **CLOSE)
+
+
+def test_bfloat16_is_multiplied_where_that_is_not_slower(monkeypatch):
+    def fast(vendor, *features):
+        blas.multiplies.cache_clear()
+        monkeypatch.setattr(blas, "processor_is", vendor.__eq__)
+        monkeypatch.setattr(blas, "processor_features", lambda: list(features))
+        return not blas.multiplies(jnp.bfloat16)
+
+    assert not fast("GenuineIntel", "avx512_bf16")
+    assert fast("GenuineIntel", "avx512_bf16", "amx_bf16")
+    assert fast("AuthenticAMD", "avx512_bf16")
+    assert not fast("AuthenticAMD")
+    assert blas.multiplies(jnp.float32)
+    assert not blas.multiplies(jnp.float16)
+    blas.multiplies.cache_clear()
+
+
+# ---------------------------------------------------------------------------- attention
+
+
+def places(t, window=None):
+    seen = np.tril(np.ones((t, t), bool))
+    return seen if window is None else seen & ~np.tril(np.ones((t, t), bool), -window)
+
+
+# queries, heads, kv heads, width, window; 300 takes three blocks of queries.
+SHAPES = [(7, 3, 3, 5, None), (300, 2, 1, 16, None), (200, 2, 2, 8, 50), (64, 4, 2, 32, None)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_attention(shape, dtype):
+    t, h, g, c, window = shape
+    q, k, v = (normal(i, 2, t, n, c, dtype=dtype) for i, n in enumerate((h, g, g)))
+    bias = hide(jnp.asarray(places(t, window)))
+    how = {"bias": bias, "scale": c**-0.5, "causal": True, "window": window}
+    assert names(partial(attend, **how, cpu="blas"), q, k, v)
+    found = with_gradients(jax.jit(partial(attend, **how, cpu="blas")), q, k, v)
+    value, pullback = jax.vjp(
+        jax.jit(partial(attend, **how)), *(x.astype(jnp.float32) for x in (q, k, v))
+    )
+    wanted = value, *pullback(normal(9, *value.shape, dtype=dtype).astype(jnp.float32))
+    close = CLOSE if dtype == jnp.float32 else {"rtol": 2**-7, "atol": 0.01}
+    assert_same(found, [x.astype(dtype) for x in wanted], **close)
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS.keys())
+def test_attention_under_transforms(transform):
+    q, k, v = (normal(i, 2, 9, n, 4) for i, n in enumerate((4, 2, 2)))
+    how = {"bias": hide(jnp.asarray(places(9))), "scale": 0.5, "causal": True}
+    found = with_gradients(transform(partial(attend, **how, cpu="blas")), q, k, v)
+    assert_same(found, with_gradients(transform(partial(attend, **how)), q, k, v), **CLOSE)
+
+
+def test_masks_of_each_row_and_of_a_source():
+    """Segments differ by row; a source's mask is the same for all queries; rows may see nothing."""
+    q, k, v = (normal(i, 2, 6, 2, 4) for i in range(3))
+    segments = np.array([[0, 0, 0, 1, 1, 1], [0, 1, 1, 1, 1, 2]])
+    own = places(6) & (segments[:, :, None] == segments[:, None])
+    own[1, 3] = False
+    source = np.array([[[[1, 1, 0, 1, 1, 0]]], [[[1, 0, 1, 1, 1, 1]]]], bool)
+    for seen, causal in ((own[:, None], False), (source, False), (own[:, None], True)):
+        how = {"bias": hide(jnp.asarray(seen)), "scale": 0.5, "causal": causal}
+        found = with_gradients(partial(attend, **how, cpu="blas"), q, k, v)
+        wanted = with_gradients(partial(attend, **how), q, k, v)
+        rows = [row for row in range(6) if not causal or row != 3]  # it sees other keys there
+        assert_same([found[0][:, rows]], [wanted[0][:, rows]], **CLOSE)
+        if not causal:
+            assert_same(found, wanted, **CLOSE)
+
+
+def test_what_is_no_number_stays_so():
+    q, k, v = (normal(i, 1, 20, 2, 4) for i in range(3))
+    how = {"bias": hide(jnp.asarray(places(20))), "scale": 0.5, "causal": True, "cpu": "blas"}
+    y = attend(q.at[0, 3].set(jnp.nan), k, v, **how)
+    assert bool(jnp.all(jnp.isnan(y[0, 3])))
+    assert not bool(jnp.any(jnp.isnan(jnp.delete(y, 3, axis=1))))
+
+
+# ---------------------------------------------------------------------------- where it is used
+
+
+@pytest.mark.parametrize("how", [{}, {"scan_layers": True, "remat": "block"}], ids=str)
+@pytest.mark.parametrize("name", ["tiny-gpt", "baby-llama"])
+def test_an_update_is_that_of_plain_autodiff(name, how):
+    run = PRESETS[name].run.changed({"model.decoder.num_layers": 2, "model.vocab_size": 64})
+    tokens = np.random.default_rng(0).integers(64, size=(2, 24), dtype=np.int32)
+    batch = {"tokens": tokens, "targets": tokens[:, ::-1].copy()}
+
+    def update(kernels):
+        changed = run.replace(compute=ComputeSpec(kernels=kernels, **how))
+        step = make_step(changed, abstract(changed.model, changed.compute))
+        text = jax.jit(step).lower(initial_state(changed), batch, np.float32(0)).as_text()
+        _, metrics = jax.jit(step)(initial_state(changed), batch, np.float32(0))
+        return "assay_matmul" in text, metrics["loss"], metrics["grad_norm"]
+
+    (ours, *found), (plain, *wanted) = update("auto"), update("plain")
+    assert (ours, plain) == (True, False)
+    np.testing.assert_allclose(found, wanted, rtol=1e-5)
+
+
+def test_a_mesh_and_other_kernels_do_without():
+    assert use_cpu_kernels(ComputeSpec()) == "blas"
+    assert use_cpu_kernels(ComputeSpec(kernels="cpu")) is True
+    assert use_cpu_kernels(ComputeSpec(kernels="plain")) is False
+    x, w = normal(0, 2, 3, 5), normal(1, 5, 4)
+    assert not names(partial(product, cpu=True), x, w)
+    with jax.set_mesh(jax.make_mesh((1,), ("data",))):
+        assert not names(partial(product, cpu="blas"), x, w)
+
+
+def test_without_a_compiler_xla_does_it(tmp_path):
+    code = "from assay.model import blas; print(*blas.build())"
+    for turned_off in ({"ASSAY_NATIVE": "0"}, {"PATH": str(tmp_path)}):
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env=os.environ | turned_off | {"ASSAY_CACHE": str(tmp_path)},
+            capture_output=True,
+            text=True,
+        )
+        assert done.stdout.startswith("False XLA computes products and attention: ")
