@@ -7,9 +7,11 @@ begins. A sharding strategy is then a table of names, `RULES`, and the model nev
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -53,7 +55,7 @@ def parameter(
     `scale` multiplies the initial values (GPT-2's depth scaling).
     """
     assert len(shape) == len(axes)
-    return nnx.Param(scale * initial_values(key, tuple(shape), init), axes=tuple(axes))
+    return nnx.Param(initial_values(key, tuple(shape), init, scale), axes=tuple(axes))
 
 
 def constant_parameter(shape: Sequence[int], axes: Sequence[str | None], value: float) -> nnx.Param:
@@ -88,22 +90,29 @@ def deviation(init: WeightInit, fan_in: int, fan_out: int) -> float:
 
 
 def initial_values(
-    key: Key[Array, ""], shape: tuple[int, ...], init: WeightInit
+    key: Key[Array, ""], shape: tuple[int, ...], init: WeightInit, scale: float = 1.0
 ) -> Float32[Array, "..."]:
-    """Initial values of one matrix, (..., fan_in, fan_out)."""
-    std = deviation(init, *shape[-2:])
-    match init.kind:
-        case "zero":
-            return jnp.zeros(shape, jnp.float32)
-        case "normal":
-            return std * jax.random.normal(key, shape, jnp.float32)
-        case "truncated_normal":
-            bound = init.bound
-            return std * jax.random.truncated_normal(key, -bound, bound, shape, jnp.float32)
-    if init.distribution == "uniform":
-        limit = std * math.sqrt(3)
-        return jax.random.uniform(key, shape, jnp.float32, -limit, limit)
-    return std * jax.random.normal(key, shape, jnp.float32)
+    """Initial values of one matrix, (..., fan_in, fan_out), times `scale`."""
+    if init.kind == "zero":
+        return jnp.zeros(shape, jnp.float32)
+    std, bound = deviation(init, *shape[-2:]), None
+    if init.kind == "truncated_normal":
+        bound = init.bound
+    uniform = getattr(init, "distribution", None) == "uniform"
+    std *= math.sqrt(3) if uniform else 1.0
+    return _drawn(key, shape, uniform, bound, np.float32(std), np.float32(scale))
+
+
+@partial(jax.jit, static_argnums=(1, 2, 3))
+def _drawn(key, shape, uniform, bound, std, scale):
+    """In one pass over the memory, compiled once for all matrices of a shape."""
+    if uniform:
+        x = jax.random.uniform(key, shape, jnp.float32, -1.0, 1.0)
+    elif bound is not None:
+        x = jax.random.truncated_normal(key, -bound, bound, shape, jnp.float32)
+    else:
+        x = jax.random.normal(key, shape, jnp.float32)
+    return scale * (std * x)
 
 
 # ---------------------------------------------------------------------------- meshes
