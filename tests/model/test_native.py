@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from assay.generate.engine import Generator, generate
+from assay.model import compiled as compiling
 from assay.model import native
 from assay.model.cache import LayerCache, empty_cache
 from assay.model.decoding import prepare, quantise
@@ -182,17 +183,17 @@ def test_the_text_is_the_same_without(dtype, monkeypatch):
     np.testing.assert_allclose(*first, atol=1e-4 if dtype == "float32" else 0.05)
 
 
-def test_what_is_missing_is_said(monkeypatch):
+def test_what_is_missing_is_said(monkeypatch, tmp_path):
     build = native.build.__wrapped__  # what it found for this process is left alone
+    monkeypatch.setenv("ASSAY_CACHE", str(tmp_path))
+    monkeypatch.setattr(native, "processor_features", list)
+    assert "no AVX-512" in build()[1]
+    monkeypatch.setattr(native, "processor_features", lambda: sorted(native.NEEDED))
     with monkeypatch.context() as patched:
         patched.setenv("ASSAY_NATIVE", "0")
         assert build() == (False, "XLA computes all of it: ASSAY_NATIVE is 0.")
-    with monkeypatch.context() as patched:
-        patched.setattr(native, "_processor", list)
-        assert "no AVX-512" in build()[1]
-    with monkeypatch.context() as patched:
-        patched.setattr(native, "_processor", lambda: ["avx512_bf16", "avx512_vnni", "avx512bw"])
-        patched.setattr(native.shutil, "which", lambda name: None)
-        assert "no C++ compiler" in build()[1]
-        patched.setattr(native.shutil, "which", lambda name: "/bin/false")
-        assert "did not compile" in build()[1]
+    monkeypatch.setattr(compiling.shutil, "which", lambda name: None)
+    assert "no C++ compiler" in build()[1]
+    monkeypatch.setattr(compiling.shutil, "which", lambda name: "/bin/false")
+    assert "did not compile" in build()[1]
+    assert not list(tmp_path.rglob("*.so"))

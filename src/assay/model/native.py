@@ -9,12 +9,6 @@ is compiled, and XLA computes the same. docs/performance.md has the figures of b
 Axes: R rows, K fan-in, N fan-out, B batch, D model, H heads, G kv heads, S slots, C head width.
 """
 
-import ctypes
-import hashlib
-import os
-import shutil
-import subprocess
-import tempfile
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -24,12 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32
 
-from assay.data import cache as files
 from assay.model.cache import LayerCache
+from assay.model.compiled import NotCompiledError, library, processor_features
 
 SOURCE = Path(__file__).with_name("native.cc")
 CALLS = ("product", "attend", "attention_half", "mlp_half")
-FLAGS = ("-O3", "-march=native", "-std=c++20", "-shared", "-fPIC", "-pthread", "-w")
+FLAGS = ("-O3", "-march=native", "-pthread")
+NEEDED = {"avx512_bf16", "avx512_vnni", "avx512bw"}
 TILE = 48
 """Outputs that lie side by side in packed weights."""
 ACTIVATIONS = ("silu", "gelu_tanh", "relu", "relu_squared")
@@ -39,59 +34,16 @@ ACTIVATIONS = ("silu", "gelu_tanh", "relu", "relu_squared")
 @lru_cache(maxsize=1)
 def build() -> tuple[bool, str]:
     """Whether the calls are there, and a sentence that says so, or why not."""
-    if os.environ.get("ASSAY_NATIVE") == "0":
-        return False, "XLA computes all of it: ASSAY_NATIVE is 0."
-    needed = {"avx512_bf16", "avx512_vnni", "avx512bw"}
-    features = _processor()
-    if not needed <= set(features):
-        return False, "XLA computes all of it: the processor has no AVX-512 with bfloat16."
-    compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
-    if compiler is None:
-        return False, "XLA computes all of it: there is no C++ compiler (c++, g++ or clang++)."
-    name = hashlib.sha256(
-        b"\0".join(
-            (
-                SOURCE.read_bytes(),
-                jax.__version__.encode(),
-                compiler.encode(),
-                *map(str.encode, (*FLAGS, *features)),
-            )
-        )
-    ).hexdigest()
-    path = files.folder() / "native" / f"{name[:32]}.so"
     try:
-        if not path.is_file():
-            _compile(compiler, path)
-        library = ctypes.CDLL(str(path))
-        for call in CALLS:
-            function = jax.ffi.pycapsule(getattr(library, call))
-            jax.ffi.register_ffi_target(f"assay_{call}", function, platform="cpu")
-    except (OSError, subprocess.SubprocessError) as error:
-        return False, f"XLA computes all of it: native.cc did not compile ({error})."
-    return True, f"products and attention of a token in C++, compiled by {compiler}."
-
-
-def _compile(compiler: str, path: Path) -> None:
-    """Compiles beside the target and renames, so that none is ever seen half written."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, draft = tempfile.mkstemp(dir=path.parent, suffix=".so")
-    os.close(handle)
-    command = [compiler, *FLAGS, "-I", jax.ffi.include_dir(), str(SOURCE), "-o", draft]
-    try:
-        subprocess.run(command, check=True, capture_output=True, timeout=300)
-        os.chmod(draft, 0o755)
-        os.replace(draft, path)
-    finally:
-        Path(draft).unlink(missing_ok=True)
-
-
-def _processor() -> list[str]:
-    """What the processor can do, in the kernel's words; nothing where it does not say."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return []
-    return sorted(next((x.split(":")[1].split() for x in lines if x.startswith("flags")), []))
+        if not set(processor_features()) >= NEEDED:
+            raise NotCompiledError("the processor has no AVX-512 with bfloat16.")
+        compiled = library(SOURCE, FLAGS)
+    except NotCompiledError as error:
+        return False, f"XLA computes all of it: {error}"
+    for call in CALLS:
+        function = jax.ffi.pycapsule(getattr(compiled, call))
+        jax.ffi.register_ffi_target(f"assay_{call}", function, platform="cpu")
+    return True, "products and attention of a token in C++, compiled here."
 
 
 def fits(fan_in: int) -> bool:
