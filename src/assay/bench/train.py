@@ -8,6 +8,7 @@ import signal
 import time
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import metadata
 from statistics import median
@@ -161,10 +162,12 @@ def _why_not_within(limit: float, compiled: Callable[[], float]) -> str | None:
 def jax_step(run: RunSpec, batch: dict[str, np.ndarray]) -> Callable[[], float]:
     """Our update; each call is one step, and gives its loss."""
     compute_in_the_calling_thread()
-    state = initial_state(run)
     step = jax.jit(make_step(run, abstract(run.model, run.compute)), donate_argnums=0)
-    compiled = step.lower(state, batch, np.float32(0)).compile()
-    held = [state]
+    lowered = step.lower(jax.eval_shape(lambda: initial_state(run)), batch, np.float32(0))
+    with ThreadPoolExecutor(1) as beside:  # as training does it
+        compiling = beside.submit(lowered.compile)
+        held = [initial_state(run)]
+        compiled = compiling.result()
 
     def once() -> float:
         held[0], metrics = compiled(held[0], batch, np.float32(0))

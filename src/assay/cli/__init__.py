@@ -2,13 +2,17 @@
 
 import sys
 
-from assay.cli.memory import keep_memory
+from assay.cli.memory import computes, keep_memory
 from assay.errors import AssayError
 
 
 def main() -> None:
     """Runs the command; a user's mistake is one sentence on standard error and status 2."""
     keep_memory()  # starts Python again, so it comes before all that takes time
+    if computes():
+        from assay.model import compiled
+
+        compiled.begin("blas")  # on a new machine: seconds, beside the imports
     from assay.cli import (  # noqa: F401, each adds its commands
         compare,
         convert,

@@ -15,6 +15,11 @@ SETTINGS = ":".join(
 )
 
 
+def computes() -> bool:
+    """Whether the command given is one that computes, and not only asked for help."""
+    return len(sys.argv) > 1 and sys.argv[1] in COMPUTES and "--help" not in sys.argv
+
+
 def keep_memory() -> None:
     """Starts this process again with memory in huge pages that malloc keeps.
 
@@ -22,9 +27,8 @@ def keep_memory() -> None:
     costs 5 to 15 % of a step (docs/performance.md). glibc reads its settings when a process
     starts, so it must start again. A setting of the user's own is left as it is.
     """
-    computes = len(sys.argv) > 1 and sys.argv[1] in COMPUTES and "--help" not in sys.argv
     own = sys.orig_argv[len(sys.orig_argv) - len(sys.argv) + 1 :] == sys.argv[1:]  # not a guest
-    if not (computes and own and sys.platform.startswith("linux")) or TUNABLES in os.environ:
+    if not (computes() and own and sys.platform.startswith("linux")) or TUNABLES in os.environ:
         return
     os.environ[TUNABLES] = SETTINGS
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

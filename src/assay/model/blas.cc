@@ -98,6 +98,7 @@ Matrix Rows(const typename D::Entry* x, int64_t stride, int64_t rows, int64_t co
   if constexpr (std::is_same_v<D, Float32>) return {x, int(stride)};
   float* __restrict copy = Scratch(place, rows * columns);
   for (int64_t i = 0; i < rows; ++i)
+#pragma omp simd
     for (int64_t j = 0; j < columns; ++j) copy[i * columns + j] = D::Read(x[i * stride + j]);
   return {copy, int(columns)};
 }
@@ -140,6 +141,7 @@ ffi::Error Matmul(ffi::ThreadPool pool, ffi::AnyBuffer a, ffi::AnyBuffer b,
       float* sums = Scratch(2, mm * nn);
       Multiply(mm, nn, k, fx, fw, sums, nn);
       for (int64_t j = 0; j < mm; ++j)
+#pragma omp simd
         for (int64_t l = 0; l < nn; ++l) y[j * n + l] = D::Write(sums[j * nn + l]);
     }
   });
@@ -194,6 +196,7 @@ void Scores(const Shape& d, Matrix q, Matrix k, const float* bias, int64_t b, in
     const int64_t row = d.bias_rows == 1 ? 0 : from + i;
     const float* add = bias + (b * d.bias_batch / d.batch * d.bias_rows + row) * d.s + first;
     float* x = scores + i * n;
+#pragma omp simd
     for (int64_t j = 0; j < n; ++j) x[j] += add[j];
   }
 }
@@ -228,6 +231,7 @@ void Forward(const Shape& d, const typename D::Entry* pq, const typename D::Entr
       Multiply(rows, d.c, n, {scores, int(n)}, {v.data + first * v.stride, v.stride}, sums, d.c);
       for (int64_t i = 0; i < rows; ++i) {
         const float share = statistics[(from + i) * 2 + 1];
+#pragma omp simd
         for (int64_t j = 0; j < d.c; ++j)
           y[(from + i) * wide + j] = D::Write(sums[i * d.c + j] * share);
       }
@@ -268,6 +272,7 @@ void Backward(const Shape& d, const typename D::Entry* pq, const typename D::Ent
 #pragma omp simd reduction(+ : row)
         for (int64_t j = 0; j < d.c; ++j) row += D::Read(y[j]) * gradient[j];
         float *__restrict w = weights + i * n, *__restrict ds = d_scores + i * n;
+#pragma omp simd
         for (int64_t j = 0; j < n; ++j) {
           w[j] = Exp(w[j] - most) * share;
           ds[j] = w[j] * (ds[j] - row);
@@ -281,11 +286,13 @@ void Backward(const Shape& d, const typename D::Entry* pq, const typename D::Ent
       float* dq = Scratch(4, rows * d.c);
       Multiply(rows, d.c, n, ds, {k.data + first * k.stride, k.stride}, dq, d.c, d.scale);
       for (int64_t i = 0; i < rows; ++i)
+#pragma omp simd
         for (int64_t j = 0; j < d.c; ++j)
           pdq[head + (from + i) * wide + j] = D::Write(dq[i * d.c + j]);
     }
   }
   for (int64_t i = 0; i < d.s; ++i) {
+#pragma omp simd
     for (int64_t j = 0; j < d.c; ++j) {
       pdk[kv + i * narrow + j] = D::Write(dk[i * d.c + j]);
       pdv[kv + i * narrow + j] = D::Write(dv[i * d.c + j]);

@@ -11,7 +11,6 @@ Axes: B batch, T queries, S keys, H heads, G kv heads, C head width; M rows, K s
 """
 
 import ctypes
-import threading
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -22,8 +21,6 @@ from jaxtyping import Array, Float, Float32
 
 from assay.model.compiled import NotCompiledError, library, processor_features, processor_is
 
-SOURCE = Path(__file__).with_name("blas.cc")
-FLAGS = ("-O3", "-march=native", "-fopenmp-simd", "-fno-math-errno", "-pthread")
 CALLS = (
     "matmul_float32",
     "matmul_bfloat16",
@@ -34,20 +31,12 @@ CALLS = (
 )
 
 
-_compiling = threading.Lock()
-
-
+@lru_cache(maxsize=1)
 def build() -> tuple[bool, str]:
     """Whether the calls are there, and a sentence that says so, or why not."""
-    with _compiling:
-        return _build()
-
-
-@lru_cache(maxsize=1)
-def _build() -> tuple[bool, str]:
     try:
         sgemm = _openblas()
-        compiled = library(SOURCE, FLAGS)
+        compiled = library("blas")
         compiled.set_sgemm.argtypes = [ctypes.c_void_p]
         compiled.set_sgemm(sgemm)
         for call in CALLS:
@@ -56,11 +45,6 @@ def _build() -> tuple[bool, str]:
     except NotCompiledError as error:
         return False, f"XLA computes products and attention: {error}"
     return True, "SciPy's OpenBLAS computes products and attention."
-
-
-def begin() -> None:
-    """Compiles beside whatever comes next, so that `build` finds it done."""
-    threading.Thread(target=build, daemon=True).start()
 
 
 def usable() -> bool:

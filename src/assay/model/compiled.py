@@ -1,50 +1,76 @@
-"""C++ of this package, compiled on this machine at its first use and kept in the cache folder."""
+"""C++ of this package, compiled on this machine at its first use and kept in the cache folder.
 
+Nothing of JAX is imported here, so that a command can begin to compile before it imports it.
+"""
+
+import contextlib
 import ctypes
 import hashlib
+import importlib.util
 import os
 import shutil
 import subprocess
 import tempfile
+import threading
 from functools import lru_cache
+from importlib import metadata
 from pathlib import Path
 
-import jax
-
 from assay.data import cache as files
+
+SOURCES = {
+    "blas": ("-O2", "-fopenmp-simd", "-fno-math-errno"),
+    "native": ("-O3",),
+}
+"""Files of this folder, and what each wants of the compiler."""
+FLAGS = ("-march=native", "-pthread", "-std=c++20", "-shared", "-fPIC", "-w")
+_compiling = threading.Lock()
 
 
 class NotCompiledError(Exception):
     """Why there is no library, as a sentence."""
 
 
-def library(source: Path, flags: tuple[str, ...]) -> ctypes.CDLL:
+def begin(name: str) -> None:
+    """Compiles beside whatever comes next, so that `library` finds it done."""
+    threading.Thread(target=_begun, args=(name,), daemon=True).start()
+
+
+def _begun(name: str) -> None:
+    with contextlib.suppress(NotCompiledError):  # `library` will say it
+        _compiled(name)
+
+
+def library(name: str) -> ctypes.CDLL:
     """The shared library of one source file, compiled if it was not yet for this machine.
 
     Raises:
         NotCompiledError: if that is turned off, or there is no compiler, or it failed.
     """
+    try:
+        return ctypes.CDLL(str(_compiled(name)))
+    except OSError as error:
+        raise NotCompiledError(f"{name}.cc did not compile ({error}).") from error
+
+
+def _compiled(name: str) -> Path:
     if os.environ.get("ASSAY_NATIVE") == "0":
         raise NotCompiledError("ASSAY_NATIVE is 0.")
     compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
     if compiler is None:
         raise NotCompiledError("there is no C++ compiler (c++, g++ or clang++).")
-    flags = (*flags, "-std=c++20", "-shared", "-fPIC", "-w")
-    name = hashlib.sha256(
-        b"\0".join(
-            (
-                source.read_bytes(),
-                *map(str.encode, (jax.__version__, compiler, *flags, *processor_features())),
-            )
-        )
-    ).hexdigest()
-    path = files.folder() / "native" / f"{name[:32]}.so"
+    source, flags = Path(__file__).with_name(f"{name}.cc"), (*SOURCES[name], *FLAGS)
+    versions = (metadata.version("jaxlib"), compiler, *flags, *processor_features())
+    key = hashlib.sha256(b"\0".join((source.read_bytes(), *map(str.encode, versions))))
+    path = files.folder() / "native" / f"{key.hexdigest()[:32]}.so"
+    headers = Path(importlib.util.find_spec("jaxlib").origin).parent / "include"
     try:
-        if not path.is_file():
-            _compile([compiler, *flags, "-I", jax.ffi.include_dir(), str(source)], path)
-        return ctypes.CDLL(str(path))
+        with _compiling:
+            if not path.is_file():
+                _compile([compiler, *flags, "-I", str(headers), str(source)], path)
     except (OSError, subprocess.SubprocessError) as error:
-        raise NotCompiledError(f"{source.name} did not compile ({error}).") from error
+        raise NotCompiledError(f"{name}.cc did not compile ({error}).") from error
+    return path
 
 
 def _compile(command: list[str], path: Path) -> None:

@@ -10,7 +10,6 @@ Axes: R rows, K fan-in, N fan-out, B batch, D model, H heads, G kv heads, S slot
 """
 
 from functools import lru_cache
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -21,9 +20,7 @@ from jaxtyping import Array, Float, Float32
 from assay.model.cache import LayerCache
 from assay.model.compiled import NotCompiledError, library, processor_features
 
-SOURCE = Path(__file__).with_name("native.cc")
 CALLS = ("product", "attend", "attention_half", "mlp_half")
-FLAGS = ("-O3", "-march=native", "-pthread")
 NEEDED = {"avx512_bf16", "avx512_vnni", "avx512bw"}
 TILE = 48
 """Outputs that lie side by side in packed weights."""
@@ -37,7 +34,7 @@ def build() -> tuple[bool, str]:
     try:
         if not set(processor_features()) >= NEEDED:
             raise NotCompiledError("the processor has no AVX-512 with bfloat16.")
-        compiled = library(SOURCE, FLAGS)
+        compiled = library("native")
     except NotCompiledError as error:
         return False, f"XLA computes all of it: {error}"
     for call in CALLS:

@@ -24,8 +24,6 @@ from jax.sharding import Mesh
 from assay.data import loader, tokenizers
 from assay.errors import AssayError
 from assay.evaluate.perplexity import Evaluation, evaluate, row_losses
-from assay.model import blas
-from assay.model.layers import use_cpu_kernels
 from assay.model.sharding import make_mesh, parameter_shardings, partition, use_mesh
 from assay.model.transformer import Layout, Transformer, abstract, layout, name_leaves
 from assay.spec.accounting import planned_steps, run_flops_per_token
@@ -104,8 +102,6 @@ def train(
         )
     try:
         with use_mesh(make_mesh(run.mesh)) as mesh:
-            if mesh is None and use_cpu_kernels(run.compute) == "blas":
-                blas.begin()
             return _train(run, out, mesh, resume, stop_at, reporter, trackers)
     except jax.errors.JaxRuntimeError as error:
         if jax.process_count() == 1:
