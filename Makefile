@@ -45,8 +45,8 @@ format: $(VENV)/.lint  ## put style and formatting right
 build: $(BIN)/python  ## wheel and sdist, into dist/
 	$(UV) build --python $(BIN)/python --build-constraints $(LOCK) --out-dir dist
 
-lab: $(VENV)/.lab  ## notebooks in JupyterLab
-	$(BIN)/jupyter lab notebooks
+lab: $(VENV)/.lab  ## JupyterLab with Assay in it
+	$(BIN)/jupyter lab
 
 demo: $(VENV)/.core  ## train, sample and compare small models: minutes on a CPU
 	$(BIN)/assay demo
