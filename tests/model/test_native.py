@@ -108,13 +108,15 @@ HALVES = {
 }
 
 
+# In bfloat16 two experts' scores may be equal but for rounding, which then decides.
+ROUNDED = ("experts", "bfloat16")
+WAYS = [(n, w) for n in HALVES for w in ("float32", "bfloat16", "int8") if (n, w) != ROUNDED]
+
+
 @compiled
-@pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8"])
-@pytest.mark.parametrize("name", HALVES)
+@pytest.mark.parametrize(("name", "weights"), WAYS)
 def test_a_block_is_the_same(name, weights):
     """Prompts of different lengths, then two tokens; whatever C++ has of the block."""
-    if (name, weights) == ("experts", "bfloat16"):
-        pytest.skip("where two experts' scores are equal but for rounding, it decides")
     spec = HALVES[name]
     dtype = "float32" if weights == "int8" else weights
     key = jax.random.key(0)
