@@ -40,6 +40,12 @@ void Multiply(int m, int n, int k, Matrix a, Matrix b, float* c, int stride, flo
 
 // ---------------------------------------------------------------------------- threads
 
+// How many can run at once: XLA has a thread for each simulated device, whatever the processor.
+int64_t Threads(ffi::ThreadPool& pool) {
+  static const int64_t cores = std::max(1u, std::thread::hardware_concurrency());
+  return std::clamp<int64_t>(pool.num_threads(), 1, cores);
+}
+
 // Calls f(0) ... f(tasks - 1), here and in XLA's own threads where they are free. Whoever comes
 // when all tasks are taken does nothing, so nobody waits for a thread that is at other work.
 template <class F>
@@ -51,7 +57,7 @@ void Run(ffi::ThreadPool& pool, int64_t tasks, const F& f) {
   auto take = [state, tasks, &f] {  // f is gone when the last task is done, and not read then
     for (int64_t i; (i = state->next.fetch_add(1)) < tasks; state->done.fetch_add(1)) f(i);
   };
-  const int64_t helpers = std::min(tasks, pool.num_threads()) - 1;
+  const int64_t helpers = std::min(tasks, Threads(pool)) - 1;
   for (int64_t i = 0; i < helpers; ++i) pool.Schedule(decltype(take)(take));
   take();
   while (state->done.load(std::memory_order_acquire) < tasks) std::this_thread::yield();
@@ -120,7 +126,7 @@ ffi::Error Matmul(ffi::ThreadPool pool, ffi::AnyBuffer a, ffi::AnyBuffer b,
   auto* pc = Out<D>(c);
   // The longer side of c is cut, at whole registers; the other factor is read by every task.
   const bool rows = m >= n;
-  const int64_t side = rows ? m : n, threads = std::max<int64_t>(1, pool.num_threads());
+  const int64_t side = rows ? m : n, threads = Threads(pool);
   int64_t cuts = double(m) * n * k < kAlone ? 1 : threads;
   if (!std::is_same_v<D, Float32>) cuts *= (m * n + kPiece * cuts - 1) / (kPiece * cuts);
   const int64_t cut = (side + cuts * 16 - 1) / (cuts * 16) * 16;
