@@ -151,6 +151,19 @@ def test_masks_of_each_row_and_of_a_source():
             assert_same(found, wanted, **CLOSE)
 
 
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("cpu", [True, "blas"])
+def test_a_trained_bias_has_its_gradient(heads, cpu):
+    q, k, v = (normal(i, 2, 6, heads, 4) for i in range(3))
+    table = normal(3, 1, heads, 6, 6) + hide(jnp.asarray(places(6)))[None, None]
+
+    def found(cpu):
+        return with_gradients(lambda bias: attend(q, k, v, bias, scale=0.5, cpu=cpu), table)
+
+    assert_same(found(cpu), found(False), **CLOSE)
+    assert float(jnp.abs(found(cpu)[1]).max()) > 0
+
+
 def test_what_is_no_number_stays_so():
     q, k, v = (normal(i, 1, 20, 2, 4) for i in range(3))
     how = {"bias": hide(jnp.asarray(places(20))), "scale": 0.5, "causal": True, "cpu": "blas"}

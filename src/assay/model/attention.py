@@ -153,7 +153,8 @@ def attend(
         bias = bias.reshape((-1, 1, *bias.shape[-2:]))
     groups = h // k.shape[2]
     if cpu and softcap is None and (key is None or dropout_rate == 0.0) and t > 1:
-        if cpu == "blas" and blas.attends(q.dtype, bias.shape) and blas.usable():
+        # A bias of one head may be a trained table's, and BLAS has no gradient for it.
+        if cpu == "blas" and h > 1 and blas.attends(q.dtype, bias.shape) and blas.usable():
             square = causal and t == k.shape[1]
             return blas.attend(q, k, v, bias, scale, square, window if square else None)
         return _attend_in_blocks(q, k, v, bias, scale, _blocks(t, k.shape[1], causal, window))
@@ -270,10 +271,9 @@ def _cpu_attend_backward(scale, saved, g):
     d_weights = jnp.einsum("bthc,bshc->bhts", g, v)
     row = jnp.sum(g.astype(f32) * out.astype(f32), axis=-1).swapaxes(1, 2)[..., None]
     d_scores = weights.astype(f32) * (d_weights.astype(f32) - row)
-    d_bias = None
-    if bias.shape[1] > 1:  # of a trained table; a mask has no gradient
-        broadcast = [axis for axis, size in enumerate(bias.shape) if size == 1]
-        d_bias = jnp.sum(d_scores, axis=tuple(broadcast), keepdims=True)
+    # Of a trained table; where the bias is a mask nobody asks for it, and XLA leaves it out.
+    broadcast = [axis for axis, size in enumerate(bias.shape) if size == 1]
+    d_bias = jnp.sum(d_scores, axis=tuple(broadcast), keepdims=True)
     d_scores = jax.lax.optimization_barrier((d_scores * scale).astype(q.dtype))
     dq = jnp.einsum("bhts,bshc->bthc", d_scores, k)
     dk = jnp.einsum("bhts,bthc->bshc", d_scores, q)
