@@ -118,6 +118,22 @@ def test_each_product_that_gathers_for_itself():
     assert shared == pytest.approx(32 * (2 * 4 + 3) * stream)
 
 
+def test_parameters_that_are_gathered_late_are_waited_for():
+    """Of three things sent along fsdp one is in full, the others by a tenth; or it is not sent."""
+    run, topology = on(LLAMA, fsdp=64), parse_topology("h100:64")
+    sent = {s: collective_bytes(run, "block", System(back=s))["fsdp"] for s in ("gather", "late")}
+    assert sent["late"] == sent["gather"]
+    assert collective_bytes(run, "block", System(back=None))["fsdp"] == pytest.approx(
+        sent["gather"] * 2 / 3
+    )
+    waits = {
+        s: step_time(step_work(run, "block", System(back=s)), run, topology).collectives
+        for s in ("gather", "late", None)
+    }
+    assert waits["late"] == pytest.approx(waits["gather"] * (1 + 0.1 + 0.1) / 0.3)
+    assert waits[None] == pytest.approx(waits["gather"] * 2 / 3)
+
+
 def test_links_of_an_axis():
     def speed(topology, axis, kind, **axes):
         sent = Sent(axis, kind, 1.0, 0.5)
@@ -168,6 +184,13 @@ def test_a_price_gives_dollars():
     plan = make_plan(LLAMA, topology, "block", compile=False)
     hours = 1e9 / plan.speed.tokens_per_second / 3600
     assert plan.speed.dollars_per_billion_tokens == pytest.approx(hours * 8 * 3.0)
+
+
+def test_a_cpus_share_is_of_the_peak_of_the_dtype_that_runs():
+    """One that multiplies float32 twice as fast as bfloat16 is never used by more than all."""
+    cpu = Topology(replace(parse_topology("h100").chip, name="cpu", float32=2.0), (1,))
+    run = presets.get("nano").run.at("compute.dtype", "float32")
+    assert 0 < predict(run, cpu, "none").mfu < cpu.chip.efficiency
 
 
 def test_what_does_not_fit_is_said_not_to():
@@ -259,7 +282,7 @@ def test_what_the_compiler_needs_more_the_next_plans_are_taken_to_need(monkeypat
     def compile_step(run, topology):
         plan = next(plan for plan in plans if plan.run == run)
         compiled.append(plan)
-        return Compiled(round(2 * plan.memory.total), 0, 0, 0, 0, {}, 0.0)
+        return Compiled(round(2 * plan.memory.total), 0, 0, 0, 0, {}, 0, 0.0)
 
     monkeypatch.setattr(planner, "can_compile", lambda topology: True)
     monkeypatch.setattr(planner, "compile_step", compile_step)
@@ -333,6 +356,7 @@ def test_a_step_is_compiled_for_a_tpu_that_is_not_there():
     assert plan.compiled.bytes_per_device > state
     kinds = plan.compiled.collectives
     assert kinds["all-gather"][0] or kinds["collective-permute"][0]
+    assert plan.as_json()["compiler"]["pallas_kernels"] >= 3  # attention: forward, and two back
     assert jax.default_backend() == "cpu"  # nothing else was disturbed
     assert "TPU_WORKER_HOSTNAMES" not in os.environ
 

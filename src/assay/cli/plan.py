@@ -158,7 +158,8 @@ def _print(model: str, plan, others) -> None:
         kinds = data["compiler"]["collectives"].items()
         parts = ", ".join(f"{row['count']} {kind}" for kind, row in kinds)
         console.print(
-            f"compiled in {data['compiler']['seconds']:.0f} s; collectives: {parts or 'none'}"
+            f"compiled in {data['compiler']['seconds']:.0f} s; collectives: {parts or 'none'}; "
+            f"{data['compiler']['pallas_kernels']} Pallas kernels"
         )
     if others:
         if not plan.fits:

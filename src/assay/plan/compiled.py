@@ -32,7 +32,7 @@ class Compiled:
     """What the compiler says of one device.
 
     `collectives`: how many of each kind run in one update, and the bytes of their results. Loops
-    are counted as often as they run.
+    are counted as often as they run. `kernels`: calls of Pallas kernels in the program's text.
     """
 
     arguments: int
@@ -41,6 +41,7 @@ class Compiled:
     aliased: int
     code: int
     collectives: dict[str, tuple[int, int]]
+    kernels: int
     seconds: float
 
     @property
@@ -116,14 +117,15 @@ def compile_step(run: RunSpec, topology: Topology) -> Compiled:
                     program = lowered.compile()
             except jax.errors.JaxRuntimeError as error:
                 raise _refused(str(error)) from None
-        memory = program.memory_analysis()
+        memory, text = program.memory_analysis(), program.as_text()
         return Compiled(
             arguments=memory.argument_size_in_bytes,
             temporaries=memory.temp_size_in_bytes,
             outputs=memory.output_size_in_bytes,
             aliased=memory.alias_size_in_bytes,
             code=memory.generated_code_size_in_bytes,
-            collectives=collectives(program.as_text()),
+            collectives=collectives(text),
+            kernels=text.count('custom_call_target="tpu_custom_call"'),
             seconds=time.monotonic() - began,
         )
 

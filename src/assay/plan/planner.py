@@ -16,9 +16,7 @@ from assay.plan.roofline import Speed, predict
 from assay.plan.topology import Topology
 from assay.plan.work import System, collective_bytes, global_flops, mesh_sizes
 from assay.spec.run import MeshSpec, RunSpec
-
-USABLE = 0.92
-"""The share of a device's memory that a program may have: the rest is the runtime's."""
+from assay.train.speed import USABLE
 
 POLICIES = {
     "none": "none",
@@ -116,6 +114,7 @@ class Plan:
                     kind: {"count": count, "bytes": size}
                     for kind, (count, size) in compiled.collectives.items()
                 },
+                "pallas_kernels": compiled.kernels,
                 "seconds": compiled.seconds,
             },
         }

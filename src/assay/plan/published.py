@@ -248,7 +248,15 @@ def _scale(name, model, topology, tensor, batch, recompute, tflops, source) -> R
 
 
 def _foundry(line: str) -> Row:
+    """Gradients are summed in bfloat16 where the table says PURE, in float32 where it says DEFAULT.
+
+    Its parameters are gathered as Composer does unless told otherwise, after a layer is done; the
+    runs of 128 H100 and more were told otherwise (sweep.py), and two sizes to keep them.
+    """
     gpu, size, seq_len, devices, batch, passes, recompute, tokens = line.split()
+    pure = gpu == "a100-40gb" or (gpu, size) == ("a100", "70b")
+    large = gpu == "h100" and int(devices) >= 128
+    kept = large and size in ("1b", "3b")  # SHARD_GRAD_OP
     return Row(
         name=f"MPT {size}",
         model=gpt(*MPT[size], context=int(seq_len)),
@@ -261,7 +269,10 @@ def _foundry(line: str) -> Row:
         source=FOUNDRY,
         accumulate=int(passes),
         system=System(
-            fused=False, attention=FIRST_FLASH * (NOT_FOR_HOPPER if gpu == "h100" else 1)
+            fused=False,
+            attention=FIRST_FLASH * (NOT_FOR_HOPPER if gpu == "h100" else 1),
+            sums=None if pure else "float32",
+            back=None if kept else "gather" if large else "late",
         ),
     )
 

@@ -20,9 +20,9 @@ MEMORY = 0.8
 LINKS = 0.8
 """Shares of the products' speed, of the memory's and of the links' that are reached."""
 
-EXPOSED = {"gather": 0.1, "sum": 0.1, "stream": 1.0, "exchange": 1.0}
+EXPOSED = {"gather": 0.1, "sum": 0.1, "late": 1.0, "stream": 1.0, "exchange": 1.0}
 """The share of a collective's time that waits for nothing else to do, at the least. Nothing hides
-a sum of activations or an exchange: what comes next needs it."""
+what is gathered late, a sum of activations or an exchange: what comes next needs it."""
 
 IN_PIECES = EXPOSED | {"stream": 0.5}
 """The same where products are taken in pieces, as a TPU's compiler does."""
@@ -44,7 +44,10 @@ class Time:
 
 @dataclass(frozen=True)
 class Speed:
-    """What a roofline says of a run. `mfu` counts no recomputation, against bfloat16's peak."""
+    """What a roofline says of a run.
+
+    `mfu` counts no recomputation, against bfloat16's peak; on a CPU, against its run's dtype's.
+    """
 
     time: Time
     tokens_per_second: float
@@ -138,7 +141,11 @@ def predict(
     devices = run.mesh.devices
     speed = tokens / time.total
     dollars = None
-    if topology.chip.price is not None:
-        dollars = 1e9 / speed / 3600 * topology.chip.price * devices
-    mfu = global_flops(run) / time.total / (topology.chip.peak * devices)
+    chip = topology.chip
+    if chip.price is not None:
+        dollars = 1e9 / speed / 3600 * chip.price * devices
+    peak = chip.peak
+    if chip.name == "cpu" and run.compute.dtype == "float32":
+        peak *= chip.float32
+    mfu = global_flops(run) / time.total / (peak * devices)
     return Speed(time, speed, mfu, dollars)

@@ -68,11 +68,11 @@ CHIPS = {
         ),
         Chip(
             *("a100", "NVIDIA A100 80GB", 312e12, 80 * GIB, 2.04e12, 3e11, 0, 8, 2.5e10),
-            *(0.75, 1 / 2, None, NVIDIA),
+            *(0.76, 1 / 2, None, NVIDIA),
         ),
         Chip(
             *("a100-40gb", "NVIDIA A100 40GB", 312e12, 40 * GIB, 1.555e12, 3e11, 0, 8, 2.5e10),
-            *(0.75, 1 / 2, None, NVIDIA),
+            *(0.76, 1 / 2, None, NVIDIA),
         ),
         Chip(
             *("h100", "NVIDIA H100 SXM", 989e12, 80 * GIB, 3.35e12, 4.5e11, 0, 8, 5e10),

@@ -41,6 +41,10 @@ class System:
     `exact`: tokens that are exchanged take the places they need; otherwise as many as could be
     needed (`places`).
 
+    `back`: how parameters are gathered for the backward pass: `gather`, hidden behind products;
+    `late`, after the products of the layer before, so that nothing hides them (FSDP's
+    BACKWARD_POST); None, not at all, for they were kept (FSDP's SHARD_GRAD_OP).
+
     `sums`: the dtype in which gradients are summed over devices, if not the products'.
     `sums_once`: with gradient accumulation they are summed after the last pass only, also where
     parameters lie in parts. `zero1`: each device updates a part of the parameters, which are
@@ -55,6 +59,7 @@ class System:
     whole_logits: bool = False
     pieces: bool | None = None
     exact: bool = False
+    back: str | None = "gather"
     sums: str | None = None
     sums_once: bool = False
     zero1: bool = False
@@ -69,9 +74,9 @@ class Sent:
     """Bytes that a device sends along an axis of the mesh in one update.
 
     `kind`: `gather`, of parameters and of their gradients' parts, which other layers' products
-    hide; `sum`, of gradients once an update, which only one pass can hide; `stream`, sums of
-    activations; `exchange`, tokens to their experts and back. `forward`: the share of it that
-    belongs to the forward pass.
+    hide; `late`, of parameters, which nothing hides; `sum`, of gradients once an update, which only
+    one pass can hide; `stream`, sums of activations; `exchange`, tokens to their experts and back.
+    `forward`: the share of it that belongs to the forward pass.
     """
 
     axis: str
@@ -365,8 +370,10 @@ def _sent(run: RunSpec, recompute: str, system: System) -> tuple[Sent, ...]:
     exchanged = exchanges * rows * stream * _travels(mesh["expert"])
     # Of what goes both ways, forward's share; of sums, that of gathering what was updated.
     half, updated = 2 / (4 + again), 0.5 if system.zero1 else 0.0
+    gathered = passes * held * width * _travels(mesh["fsdp"])
     sent = (
-        Sent("fsdp", "gather", 2 * passes * held * width * _travels(mesh["fsdp"]), 0.5),
+        Sent("fsdp", "gather", gathered, 1.0),
+        Sent("fsdp", system.back or "gather", gathered if system.back else 0.0, 0.0),
         Sent("fsdp", "sum", reduced, 0.0)
         if once
         else Sent("fsdp", "gather", passes * reduced, 0.0),

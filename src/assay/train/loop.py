@@ -32,7 +32,7 @@ from assay.startup import compute_in_the_calling_thread, keep_compiled_programs
 from assay.train import plot, processes
 from assay.train.checkpoint import Checkpoints, write_json
 from assay.train.progress import Reporter, Silent
-from assay.train.speed import peak_flops
+from assay.train.speed import peak_flops, take_what_is_planned_of_a_gpu
 from assay.train.step import TrainState, initial_state, make_step, state_shardings
 from assay.train.tracking import Tracker
 
@@ -95,6 +95,7 @@ def train(
 
     keep_compiled_programs()
     compute_in_the_calling_thread()
+    take_what_is_planned_of_a_gpu()
     if jax.process_count() > 1 and run.mesh.devices != jax.device_count():
         raise AssayError(
             f"mesh: it has {run.mesh.devices} devices, but {jax.process_count()} processes have "
