@@ -19,7 +19,8 @@ run=(llama-3-8b --data "${DATA:-fineweb.bin}" --batch-size 256 --seq-len 4096 --
 run+=(--set compute.scan_layers=true --set compute.remat=block --checkpoint-every 500)
 if [[ -f $out/run.json ]]; then run=(--resume); fi
 
-srun --kill-on-bad-exit=1 \
+# Since Slurm 22.05 srun takes the CPUs of a task from its own flag alone.
+srun --kill-on-bad-exit=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-8}" \
   assay train "${run[@]}" --mesh fsdp=32 --out "$out" --coordinator auto
 
 if [[ ! -f $out/result.json ]]; then scontrol requeue "$SLURM_JOB_ID"; fi

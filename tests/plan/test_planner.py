@@ -260,6 +260,15 @@ def test_search_offloads_the_optimizer_where_nothing_fits_otherwise():
     assert not search(run, parse_topology("v5e:1x1"))
 
 
+def test_an_offloaded_optimizer_takes_the_time_of_its_copies():
+    """Two statistics of float32, from the host's memory and back, over PCIe 5."""
+    run, topology = on(LLAMA, fsdp=8), parse_topology("h100:8")
+    host = predict(run.at("compute.offload_optimizer", True), topology, "block").time
+    copied = 2 * 2 * 4 * parameters(LLAMA.model).total / 8
+    assert host.host == pytest.approx(copied / (LINKS * 6.4e10))
+    assert host.total == pytest.approx(predict(run, topology, "block").time.total + host.host)
+
+
 def test_places_of_experts_on_several_devices():
     """Mixtral: a token's 2 choices; on 8 devices with an expert each any may get one of them."""
     moe = presets.get("mixtral-8x7b").run.model.decoder.pattern[0].feed_forward

@@ -139,6 +139,8 @@ def _print(model: str, plan, others) -> None:
     table.add_column("what", style="bold")
     table.add_column("ms", justify="right")
     for name, seconds in data["predicted_seconds"].items():
+        if name == "host" and not seconds:
+            continue
         table.add_row(name, f"{1e3 * seconds:,.1f} ms")
     table.add_row("in all", f"{1e3 * data['predicted_step_seconds']:,.1f} ms")
     console.print(table)

@@ -8,7 +8,14 @@ moment: one block in full, and the logits.
 import math
 from dataclasses import dataclass
 
-from assay.plan.work import blocks_of, expert_parameters, mesh_sizes, parameter_ways, places
+from assay.plan.work import (
+    blocks_of,
+    expert_parameters,
+    mesh_sizes,
+    parameter_ways,
+    places,
+    statistics,
+)
 from assay.spec.accounting import (
     BYTES,
     kv_bytes_per_source_token,
@@ -18,9 +25,6 @@ from assay.spec.accounting import (
 from assay.spec.model import BlockSpec, MlpSpec, MoeSpec, TransformerSpec
 from assay.spec.run import MeshSpec, RunSpec
 from assay.train.loss import CHUNK, LARGE
-
-STATISTICS = {"adamw": 2, "muon": 1, "sgd": 0}
-"""Float32 numbers a parameter that an optimizer keeps (Muon's tables keep two, not counted)."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,7 @@ def training_memory(run: RunSpec, recompute: str, *, flash: bool = True) -> Memo
     vocabulary = spec.padded_vocab / tensor
     return Memory(
         parameters=4 * held,
-        optimizer=0 if offloaded else 4 * STATISTICS[run.optimizer.kind] * held,
+        optimizer=0 if offloaded else statistics(run),
         gradients=4 * held,
         gathered=(layers * width if mesh["fsdp"] > 1 else 0)
         + (held * width if width < 4 and mesh["fsdp"] == 1 else 0),

@@ -23,7 +23,7 @@ class Chip:
     directions together), or over its switch (GPU, one direction). `axes`: torus axes; 0 is a
     switch. `island`: devices that the fast links join; beyond them `network`, bytes a second a
     device. Without `switch` each pair of an island has its own share of the links. `float32`: the
-    float32 peak as a share of `peak`.
+    float32 peak as a share of `peak`. `host`: bytes a second to the host's memory and from it.
     """
 
     name: str
@@ -40,10 +40,13 @@ class Chip:
     price: float | None = None
     source: str = ""
     switch: bool = True
+    host: float = 1.6e10
 
 
 CLOUD_TPU = "Google Cloud TPU documentation; link speeds: How To Scale Your Model, chapter 2"
 NVIDIA = "NVIDIA data sheet"
+
+PCIE_4, PCIE_5 = 3.2e10, 6.4e10  # 16 lanes, one direction; before v6e a TPU has half of the first
 
 # A TPU's float32 product is several bfloat16 ones, a GPU's is TF32 (half of bfloat16). Prices are
 # US dollars a chip-hour on demand, where the maker of the cloud publishes one (us, 2025).
@@ -64,27 +67,27 @@ CHIPS = {
         ),
         Chip(
             *("v6e", "TPU v6e", 918e12, 32 * GIB, 1.64e12, 1.8e11, 2, 256, 1.25e10),
-            *(0.59, 1 / 6, 2.70, CLOUD_TPU),
+            *(0.59, 1 / 6, 2.70, CLOUD_TPU, True, PCIE_4),
         ),
         Chip(
             *("a100", "NVIDIA A100 80GB", 312e12, 80 * GIB, 2.04e12, 3e11, 0, 8, 2.5e10),
-            *(0.76, 1 / 2, None, NVIDIA),
+            *(0.76, 1 / 2, None, NVIDIA, True, PCIE_4),
         ),
         Chip(
             *("a100-40gb", "NVIDIA A100 40GB", 312e12, 40 * GIB, 1.555e12, 3e11, 0, 8, 2.5e10),
-            *(0.76, 1 / 2, None, NVIDIA),
+            *(0.76, 1 / 2, None, NVIDIA, True, PCIE_4),
         ),
         Chip(
             *("h100", "NVIDIA H100 SXM", 989e12, 80 * GIB, 3.35e12, 4.5e11, 0, 8, 5e10),
-            *(0.58, 1 / 2, None, NVIDIA),
+            *(0.58, 1 / 2, None, NVIDIA, True, PCIE_5),
         ),
         Chip(
             *("h200", "NVIDIA H200", 989e12, 141 * GIB, 4.8e12, 4.5e11, 0, 8, 5e10),
-            *(0.63, 1 / 2, None, NVIDIA),
+            *(0.63, 1 / 2, None, NVIDIA, True, PCIE_5),
         ),
         Chip(
             *("b200", "NVIDIA B200", 2250e12, 180 * GIB, 7.7e12, 9e11, 0, 8, 5e10),
-            *(0.53, 1 / 2, None, NVIDIA),
+            *(0.53, 1 / 2, None, NVIDIA, True, PCIE_5),
         ),
     )
 }
@@ -179,7 +182,7 @@ def measured_cpu() -> Chip:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return Chip(
         *("cpu", "this CPU", peak, memory, bandwidth, bandwidth, 0, 1, bandwidth),
-        *(0.9, peak_flops("float32") / peak, None, "measured at start"),
+        *(0.9, peak_flops("float32") / peak, None, "measured at start", True, math.inf),
     )
 
 

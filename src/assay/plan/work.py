@@ -65,6 +65,9 @@ class System:
     zero1: bool = False
 
 
+STATISTICS = {"adamw": 2, "muon": 1, "sgd": 0}
+"""Float32 numbers a parameter that an optimizer keeps (Muon's tables keep two, not counted)."""
+
 ASSAY = System()
 """What XLA makes of Assay's program."""
 
@@ -94,7 +97,8 @@ class Work:
     weights and of their gradients that the products read and write. `forward`: the share of the
     products that belongs to the forward pass. `traffic`: bytes that norms, activations,
     residuals, losses and the optimizer read and write. `sent`: what collectives carry, as (bytes
-    of the full array) x the share that travels.
+    of the full array) x the share that travels. `host`: bytes copied from the
+    host's memory and back.
     """
 
     products: float
@@ -103,6 +107,7 @@ class Work:
     forward: float
     traffic: float
     sent: tuple[Sent, ...] = ()
+    host: float = 0.0
 
     @property
     def flops(self) -> float:
@@ -141,6 +146,7 @@ def step_work(run: RunSpec, recompute: str, system: System = ASSAY) -> Work:
         forward=forward / flops,
         traffic=traffic,
         sent=_sent(run, recompute, system),
+        host=2 * statistics(run) if run.compute.offload_optimizer else 0.0,
     )
 
 
@@ -294,8 +300,13 @@ def _weight_traffic(run: RunSpec, width: int) -> float:
 
 def optimizer_traffic(run: RunSpec) -> float:
     """Bytes of the update: parameter, gradient, statistics read; all but the gradient written."""
-    statistics = {"adamw": 2, "muon": 1, "sgd": 0}[run.optimizer.kind]
-    return 4 * (2 * (1 + statistics) + 2) * parameters(run.model).total / parameter_ways(run)
+    own = 4 * 4 * parameters(run.model).total / parameter_ways(run)
+    return own + 2 * statistics(run)
+
+
+def statistics(run: RunSpec) -> float:
+    """Bytes of the optimizer's statistics on a device."""
+    return 4 * STATISTICS[run.optimizer.kind] * parameters(run.model).total / parameter_ways(run)
 
 
 def parameter_ways(run: RunSpec) -> float:
