@@ -73,7 +73,8 @@ def generate(model: "Loaded | str | Path", prompt: str, **options: Any) -> "Comp
         raise AssayError(f"{loaded.name}: it has no tokenizer, so there is no text to make.")
     if loaded.model.spec.encoder is not None:
         options = {"start_token": loaded.start_token} | options
-    options = {"max_new_tokens": 200} | options
+    ends = [*options.get("stop_tokens", ()), *loaded.end_tokens]
+    options = {"max_new_tokens": 200} | options | {"stop_tokens": ends}
     if "beams" in options:
         return complete_by_beams(loaded.model, loaded.tokenizer, [prompt], **options)[0][0]
     return complete(loaded.model, loaded.tokenizer, prompt, **options)

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 class Loaded:
     """A model ready to run. `run` is there for presets and runs, `step` for runs only.
 
-    `start_token` is the id that a target begins with, where the files name one.
+    `start_token` is the id that a target begins with, where the files name one; `end_tokens` are
+    those that end a text, besides the tokenizer's own.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Loaded:
     run: RunSpec | None = None
     step: int | None = None
     start_token: int | None = None
+    end_tokens: tuple[int, ...] = ()
 
 
 def kind_of(model: str | Path) -> str:
@@ -199,7 +201,9 @@ def load(model: str | Path, dtype: str = "float32", *, seed: int = 0, mesh: Any 
     named = place(source.entries("assay", source.spec, None, None), source.spec, mesh)
     made = from_named_parameters(source.spec, named, compute)
     begins = source.start_token if source.spec.encoder is not None else None
-    return Loaded(str(model), made, source.tokenizer, start_token=begins)
+    return Loaded(
+        str(model), made, source.tokenizer, start_token=begins, end_tokens=source.end_tokens
+    )
 
 
 def _drawn(spec: TransformerSpec, compute: ComputeSpec, seed: int, mesh: Any) -> "Transformer":

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from assay.data import tokenizers
+from assay.data import tokenizers, vocabularies
 from assay.data.tokenizers import StreamDecoder, parse, read_file
 from assay.data.vocabularies import GGUF_CUTS, KNOWN_RANKS, from_gguf, read_ranks
 from assay.errors import AssayError
@@ -87,6 +87,22 @@ def test_a_rank_file_is_a_tokenizer_everywhere(tmp_path, small):
         tokenizers.load(tmp_path / "saved").encode("thing é").tolist()
         == small.encode("thing é").tolist()
     )
+
+
+def test_llama_3s_ranks_are_known_by_their_count(tmp_path, monkeypatch):
+    """Meta's file is called tokenizer.model; a text begins with a token, whose id follows."""
+    path = write(tmp_path / "tokenizer.model")
+    count = len(path.read_bytes().splitlines())
+    monkeypatch.setitem(vocabularies.BY_COUNT, count, "llama3")
+    ours = read_file(path)
+    assert ours.vocab_size == 128256
+    assert len(ours.special_ids) == 256
+    assert ours.encode("the").tolist() == [258]
+    assert ours.prefix_ids == (128000,)
+    assert (ours.eos_id, ours.bos_id) == (128001, 128000)
+    path.write_bytes(b"\n\x0e\n\x05<unk>\x15\x00")
+    with pytest.raises(AssayError, match=r"SentencePiece's models are not read"):
+        read_file(path)
 
 
 @pytest.mark.parametrize(

@@ -80,10 +80,12 @@ def auto(family: str):
     return AutoModelForSeq2SeqLM if family == "t5" else AutoModelForCausalLM
 
 
-def make(folder: Path, family: str, dtype=torch.float32) -> Path:
-    """A folder as transformers writes it: random weights, some norms in float32 whatever dtype."""
+def make(folder: Path, family: str, dtype=torch.float32, **changes) -> Path:
+    """A folder as transformers writes it, with random weights."""
     torch.manual_seed(0)
-    model = auto(family).from_config(FAMILIES[family]()).to(dtype)
+    config = FAMILIES[family]()
+    config.update(changes)
+    model = auto(family).from_config(config).to(dtype)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0.0, 0.2)
@@ -133,6 +135,34 @@ def test_there_and_back_is_byte_identical(family, tmp_path):
     assert not any(info.values()), info
     for name in ("README.md", "generation_config.json", "config.json"):
         assert (tmp_path / "back" / name).is_file()
+
+
+@pytest.mark.parametrize("family", ["mixtral", "olmoe", "qwen3_moe"])
+def test_experts_of_one_layer_keep_each_its_own_dtype(family, tmp_path):
+    """Here they are one array, of a dtype that holds them all; there each has its own again."""
+    start = make(tmp_path / "start", family)
+    dtypes = (np.float32, jnp.bfloat16, np.float16)
+    mixed = {name: t.astype(dtypes[i % 3]) for i, (name, t) in enumerate(tensors(start).items())}
+    save_file(mixed, start / "model.safetensors", metadata={"format": "pt"})
+    there = convert(open_source(start), tmp_path / "there", to="assay")
+    assert there.max_logit_difference <= there.tolerance
+    again = convert(open_source(tmp_path / "there"), tmp_path / "again", to="assay")
+    assert again.max_logit_difference == 0
+    back = convert(open_source(tmp_path / "again"), tmp_path / "back", to="hf")
+    assert back.max_logit_difference <= back.tolerance
+    assert_same(tmp_path / "back", start)
+    cast = convert(open_source(tmp_path / "there"), tmp_path / "cast", to="hf", dtype="float32")
+    assert set(cast.dtype) == {"float32"}
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_there_and_back_in_other_dtypes(dtype, tmp_path):
+    start = make(tmp_path / "start", "llama")
+    cast = {name: tensor.astype(dtype) for name, tensor in tensors(start).items()}
+    save_file(cast, start / "model.safetensors", metadata={"format": "pt"})
+    convert(open_source(start), tmp_path / "there", to="assay", verify=False)
+    convert(open_source(tmp_path / "there"), tmp_path / "back", to="hf", verify=False)
+    assert_same(tmp_path / "back", start)
 
 
 TOKENIZERS = {
@@ -326,6 +356,16 @@ def test_never_over_what_is_there(tmp_path):
     assert not list((tmp_path / "taken").iterdir())
 
 
+def test_folders_above_are_taken_away_again(tmp_path, assay_command):
+    """Those that were made for the destination, where another's file is not in them."""
+    folder = make(tmp_path / "bad", "llama")
+    spoil(folder, lambda s: s[NAME].__setitem__((3, 4), np.nan))
+    (tmp_path / "mine").mkdir()
+    status, _, err = assay_command("convert", folder, tmp_path / "mine" / "a" / "b" / "out")
+    assert (status, "not finite" in err) == (2, True)
+    assert not list((tmp_path / "mine").iterdir())
+
+
 def test_over_tolerance_nothing_is_left(tmp_path, monkeypatch):
     start = make(tmp_path / "start", "llama")
     theirs = reference.logits
@@ -381,7 +421,19 @@ def a_large_tokenizer(folder: Path) -> None:
     tokenizers.ByteTokenizer().save(folder)
 
 
+def a_config_of_nonsense(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_attention_heads": "four"}))
+
+
+def a_negative_size(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"hidden_size": -32}))
+
+
 BAD = {
+    "config": (a_config_of_nonsense, "num_attention_heads is 'four'; expected a whole number of"),
+    "size": (a_negative_size, "hidden_size is -32; expected a whole number of at least 1"),
     "truncated": (cut_short, "model.safetensors: cannot be read as safetensors"),
     "shape": (
         lambda f: spoil(f, lambda s: s.update({NAME: s[NAME][:-1]})),

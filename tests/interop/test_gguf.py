@@ -499,3 +499,20 @@ def test_unknown_cuts_are_refused(tmp_path):
     path = write(tmp_path / "x.gguf", "llama", state, config, pre="never-heard")
     with pytest.raises(AssayError, match=r"tokenizer.ggml.pre is 'never-heard'"):
         load(path)
+
+
+@pytest.mark.parametrize("fault", ["names", "rows"])
+def test_experts_are_not_held_to_our_own_reading(fault, tmp_path, monkeypatch):
+    """A wrong table of names here, or rows in a wrong order, is found by the conversion."""
+    from assay.interop import gguf as reading
+
+    config, _, state = example("mixtral")
+    path = write(tmp_path / "x.gguf", "mixtral", state, config)
+    if fault == "names":
+        key = "model.layers.{i}.block_sparse_moe.experts.{e}."
+        names = reading.MIXTRAL | {f"{key}w1": "blk.{i}.ffn_up_exps"}
+        monkeypatch.setitem(reading.NAMES, "mixtral", names | {f"{key}w3": "blk.{i}.ffn_gate_exps"})
+    else:
+        monkeypatch.setattr(reading, "_unpermute", lambda array, heads: array)
+    with pytest.raises(AssayError, match="the converted model's logits differ"):
+        convert(open_source(path), tmp_path / "own", to="assay")

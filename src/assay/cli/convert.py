@@ -1,5 +1,6 @@
 """Converting checkpoints."""
 
+import signal
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -53,6 +54,8 @@ def convert(
     from assay.model.sharding import make_mesh
     from assay.spec.run import MeshSpec
 
+    # As Ctrl-C does: what was written so far is taken away again.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     devices = make_mesh(MeshSpec(**mesh_of(mesh))) if mesh else None
     opened = open_source(source)
     columns = (TextColumn("writing"), BarColumn(), DownloadColumn(), TransferSpeedColumn())

@@ -3,7 +3,7 @@
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -22,6 +22,9 @@ from assay.cli.application import (
     refuse_picture,
 )
 from assay.errors import AssayError
+
+if TYPE_CHECKING:
+    from assay.loading import Loaded
 
 WeightsDtype = Annotated[
     str, typer.Option(help="float32, bfloat16, or int8: a byte a weight, sums in float32.")
@@ -76,7 +79,7 @@ def generate(
         print("note: a preset has random weights; this is noise.", file=sys.stderr)
     if system is not None and not chat:
         raise AssayError("--system: is the message of a chat; give --chat too.")
-    text, stop_tokens = prompt, []
+    text, stop_tokens = prompt, list(loaded.end_tokens)
     if chat:
         from assay.data import chat as templates
 
@@ -84,7 +87,7 @@ def generate(
         if system is not None:
             messages.insert(0, {"role": "system", "content": system})
         text = templates.encode(loaded.tokenizer, messages)
-        stop_tokens = templates.end_of_turn_ids(loaded.tokenizer)
+        stop_tokens += templates.end_of_turn_ids(loaded.tokenizer)
     reads = loaded.model.spec.encoder is not None
     begins = {"start_token": loaded.start_token} if reads else {}
     generator = Generator(loaded.model, weights=dtype)
@@ -190,6 +193,10 @@ def evaluate(
     include_path: Annotated[
         Path | None, typer.Option(help="With --harness: a folder of further task files (YAML).")
     ] = None,
+    fewshot: Annotated[
+        int | None,
+        typer.Option(help="With --harness: examples before each; a task's own number.", min=0),
+    ] = None,
     limit: Annotated[int | None, typer.Option(help="Only the first documents.", min=1)] = None,
     dtype: WeightsDtype = "float32",
     as_json: Json = False,
@@ -197,20 +204,34 @@ def evaluate(
     """Loss, perplexity and bits per byte over the whole held-out part of a corpus; or a task.
 
     Example: assay eval runs/first --data python-docs
+
+    Example: assay eval MODEL --harness hellaswag,arc_easy
     """
-    if task is not None or harness is not None:
-        _evaluate_tasks(
-            model,
-            task,
-            task_data,
-            against,
-            harness,
-            include_path,
-            limit,
-            batch_size,
-            dtype,
-            as_json,
-        )
+    ways = {"--harness": harness, "--task": task, "--data": data}
+    found = [name for name, value in ways.items() if value is not None]
+    if len(found) > 1:
+        raise AssayError(f"{found[0]} and {found[1]}: give one of them.")
+    way = found[0] if found else "--data"
+    beside = {
+        "--task-data": (task_data, ("--task",)),
+        "--against": (against, ("--task",)),
+        "--include-path": (include_path, ("--harness",)),
+        "--fewshot": (fewshot, ("--harness",)),
+        "--limit": (limit, ("--task", "--harness")),
+    }
+    for option, (value, goes_with) in beside.items():
+        if value is not None and way not in goes_with:
+            raise AssayError(f"{option}: goes with {' or '.join(goes_with)}.")
+    if way != "--data":
+        if dtype == "int8":
+            raise AssayError("--dtype: tasks are scored in float32 or bfloat16, found int8.")
+        if way == "--harness":
+            names = [name.strip() for name in harness.split(",")]
+            _evaluate_harness(
+                model, names, include_path, fewshot, limit, batch_size, dtype, as_json
+            )
+        else:
+            _evaluate_task(model, task, task_data, against, limit, batch_size, dtype, as_json)
         return
     from assay.data import corpora as files
     from assay.data import loader
@@ -264,62 +285,70 @@ def evaluate(
     emit({"model": model, "data": sources, "split": split, **asdict(result)}, as_json)
 
 
-def _evaluate_tasks(
+def _to_be_asked(which: str, dtype: str) -> "Loaded":
+    from assay.loading import load
+
+    found = load(which, dtype)
+    if found.tokenizer is None:
+        raise AssayError(f"{which}: it has no tokenizer, so no text can be scored by it.")
+    if found.model.spec.encoder is not None:
+        raise AssayError(f"{which}: tasks are for decoders; it has an encoder.")
+    return found
+
+
+def _evaluate_harness(
     model: str,
-    name: str | None,
+    names: list[str],
+    include_path: Path | None,
+    fewshot: int | None,
+    limit: int | None,
+    batch_size: int,
+    dtype: str,
+    as_json: bool,
+) -> None:
+    from assay.evaluate.harness import run_harness
+
+    subject = _to_be_asked(model, dtype)
+    results = run_harness(
+        subject.model,
+        subject.tokenizer,
+        names,
+        batch_size=batch_size,
+        limit=limit,
+        include_path=None if include_path is None else str(include_path),
+        fewshot=fewshot,
+        stop_tokens=subject.end_tokens,
+    )
+    if not as_json:
+        table = Table("task", "metric", "value", "± s.e.", box=None)
+        for of, metrics in results.items():
+            for metric, value in metrics.items():
+                name, _, how = metric.partition(",")
+                if isinstance(value, float) and not name.endswith("_stderr"):
+                    error = metrics.get(f"{name}_stderr,{how}")
+                    shown = f"{error:.4f}" if isinstance(error, float) else "-"
+                    table.add_row(of, name, f"{value:.4f}", shown)
+        out().print(table)
+    emit({"model": model, "harness": results}, as_json)
+
+
+def _evaluate_task(
+    model: str,
+    name: str,
     file: Path | None,
     against: str | None,
-    harness: str | None,
-    include_path: Path | None,
     limit: int | None,
     batch_size: int,
     dtype: str,
     as_json: bool,
 ) -> None:
     from assay.evaluate import tasks
-    from assay.loading import load
-
-    if dtype == "int8":
-        raise AssayError("--dtype: tasks are scored in float32 or bfloat16, found int8.")
-
-    def loaded(which: str):
-        found = load(which, dtype)
-        if found.tokenizer is None:
-            raise AssayError(f"{which}: it has no tokenizer, so no text can be scored by it.")
-        if found.model.spec.encoder is not None:
-            raise AssayError(f"{which}: tasks are for decoders; it has an encoder.")
-        return found
-
-    if harness is not None:
-        from assay.evaluate.harness import run_harness
-
-        subject = loaded(model)
-        results = run_harness(
-            subject.model,
-            subject.tokenizer,
-            harness.split(","),
-            batch_size=batch_size,
-            limit=limit,
-            include_path=None if include_path is None else str(include_path),
-        )
-        if not as_json:
-            table = Table("task", "metric", "value", "± s.e.", box=None)
-            for of, metrics in results.items():
-                for metric, value in metrics.items():
-                    name, _, how = metric.partition(",")
-                    if isinstance(value, float) and not name.endswith("_stderr"):
-                        error = metrics.get(f"{name}_stderr,{how}")
-                        shown = f"{error:.4f}" if isinstance(error, float) else "-"
-                        table.add_row(of, name, f"{value:.4f}", shown)
-            out().print(table)
-        emit({"model": model, "harness": results}, as_json)
-        return
 
     one = tasks.task(name)
     asked = tasks.questions(one, tasks.documents(one, file, limit=limit))
     results = {}
     for which in filter(None, (model, against)):
-        subject = loaded(which)
+        subject = _to_be_asked(which, dtype)
         results[which] = tasks.score(
             subject.model, subject.tokenizer, one, asked, batch_size=batch_size
         )
@@ -358,11 +387,17 @@ def _evaluate_tasks(
             "difference": difference,
             "difference_ci95": list(interval),
         }
-        if not as_json:
-            low, high = interval
+        said = {"difference": (difference, interval)}
+        if result.right_norm is not None:
+            normalised = tasks.paired_difference(result.right_norm, other.right_norm)
+            said["normalised"] = normalised
+            data |= {
+                "difference_norm": normalised[0],
+                "difference_norm_ci95": list(normalised[1]),
+            }
+        for what, (mean, (low, high)) in said.items() if not as_json else ():
             out().print(
-                f"difference {difference:+.4f}, 95 % between {low:+.4f} and {high:+.4f} "
-                f"(paired bootstrap)"
+                f"{what} {mean:+.4f}, 95 % between {low:+.4f} and {high:+.4f} (paired bootstrap)"
             )
     emit(data, as_json)
 

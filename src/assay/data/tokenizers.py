@@ -377,7 +377,7 @@ def read_file(path: str | Path) -> HuggingFaceTokenizer:
     `special_tokens_map.json`, `generation_config.json` or `config.json` beside it name, else the
     first of the usual names that is in the vocabulary.
 
-    A file that ends in `.tiktoken` holds ranks (`vocabularies.read_ranks`).
+    A file that ends in `.tiktoken` or `.model` holds ranks (`vocabularies.read_ranks`).
 
     Raises:
         AssayError: if there is no such file, or if it is malformed.
@@ -386,7 +386,7 @@ def read_file(path: str | Path) -> HuggingFaceTokenizer:
     file = path / "tokenizer.json" if path.is_dir() else path
     if not file.is_file():
         raise AssayError(f"{file}: there is no such file; expected a Hugging Face tokenizer.json.")
-    if file.suffix == ".tiktoken":
+    if file.suffix in (".tiktoken", ".model"):
         from assay.data.vocabularies import read_ranks
 
         return read_ranks(file)

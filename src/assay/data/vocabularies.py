@@ -56,15 +56,16 @@ def from_gguf(metadata: Mapping[str, Any]) -> HuggingFaceTokenizer:
     Raises:
         AssayError: if its kind, or how it cuts text, is not known.
     """
-    tokens = metadata["tokenizer.ggml.tokens"]
+    tokens = _list(metadata, "tokens", str)
     kind = metadata.get("tokenizer.ggml.model")
-    types = metadata.get("tokenizer.ggml.token_type") or [1] * len(tokens)
+    types = _list(metadata, "token_type", int, len(tokens)) or [1] * len(tokens)
+    template = metadata.get("tokenizer.chat_template")
 
     def token(role: str) -> str | None:
         i = metadata.get(f"tokenizer.ggml.{role}_token_id")
-        return tokens[i] if i is not None and 0 <= i < len(tokens) else None
+        return tokens[i] if isinstance(i, int) and 0 <= i < len(tokens) else None
 
-    if kind not in GGUF_KINDS:
+    if not isinstance(kind, str) or kind not in GGUF_KINDS:
         raise AssayError(
             f"tokenizer.ggml.model is {kind!r}, not supported; supported are: "
             f"{', '.join(GGUF_KINDS)}."
@@ -74,18 +75,38 @@ def from_gguf(metadata: Mapping[str, Any]) -> HuggingFaceTokenizer:
     defined = [t for t, type_ in zip(tokens, types, strict=True) if type_ == USER_DEFINED]
     _add(library, control, defined)
     if metadata.get("tokenizer.ggml.add_bos_token", BEGINS[kind]) and token("bos") is not None:
-        from tokenizers.processors import TemplateProcessing
-
-        begin, i = token("bos"), metadata["tokenizer.ggml.bos_token_id"]
-        library.post_processor = TemplateProcessing(
-            single=f"{begin} $A", pair=f"{begin} $A {begin} $B", special_tokens=[(begin, i)]
-        )
+        _begin(library, token("bos"), metadata["tokenizer.ggml.bos_token_id"])
     return HuggingFaceTokenizer(
         library.to_str(),
         eos=token("eos"),
         bos=token("bos"),
-        chat_template=metadata.get("tokenizer.chat_template"),
+        chat_template=template if isinstance(template, str) else None,
     )
+
+
+def _begin(library, token: str, i: int) -> None:
+    """Every text begins with this token."""
+    from tokenizers.processors import TemplateProcessing
+
+    library.post_processor = TemplateProcessing(
+        single=f"{token} $A", pair=f"{token} $A {token} $B", special_tokens=[(token, i)]
+    )
+
+
+def _list(metadata: Mapping[str, Any], name: str, kind: Any, length: int | None = None) -> list:
+    """A list of the metadata, empty where it is not there.
+
+    Raises:
+        AssayError: if it is no list of this kind, or has another length than the tokens.
+    """
+    found = metadata.get(name := f"tokenizer.ggml.{name}")
+    if found is None:
+        return []
+    if not isinstance(found, list) or not all(isinstance(one, kind) for one in found):
+        raise AssayError(f"{name} is no list of {'texts' if kind is str else 'numbers'}.")
+    if length is not None and len(found) != length:
+        raise AssayError(f"{name} has {len(found)} entries, but there are {length} tokens.")
+    return found
 
 
 def _add(library, special: Sequence[str], plain: Sequence[str] = ()) -> None:
@@ -96,13 +117,14 @@ def _add(library, special: Sequence[str], plain: Sequence[str] = ()) -> None:
 
 
 def _byte_level(metadata: Mapping[str, Any], tokens: list[str], unknown: str | None):
-    merges = metadata.get("tokenizer.ggml.merges")
-    if merges is None:
+    if "tokenizer.ggml.merges" not in metadata:
         raise AssayError("tokenizer.ggml.merges is missing.")
-    pre = metadata.get("tokenizer.ggml.pre", "default")
+    pre = str(metadata.get("tokenizer.ggml.pre", "default"))
     if pre not in GGUF_CUTS:
         raise AssayError(f"tokenizer.ggml.pre is '{pre}'; {did_you_mean(pre, GGUF_CUTS)}")
-    pairs = [tuple(merge.split(" ", 1)) for merge in merges]
+    pairs = [tuple(merge.split(" ", 1)) for merge in _list(metadata, "merges", str)]
+    if broken := [pair for pair in pairs if len(pair) != 2]:
+        raise AssayError(f"tokenizer.ggml.merges has '{broken[0][0]}', which is no pair.")
     vocabulary = {token: i for i, token in enumerate(tokens)}
     whole = pre in ("llama3", "llama-v3", "llama-bpe")
     return _library(vocabulary, pairs, GGUF_CUTS[pre], whole_words=whole)
@@ -121,7 +143,8 @@ def _library(
     try:
         library = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=whole_words))
     except Exception as error:  # the library raises the bare class
-        raise AssayError(f"its merges are not of its vocabulary ({error}).") from None
+        reason = str(error).splitlines()[0]
+        raise AssayError(f"its merges are not of its vocabulary ({reason}).") from None
     first = (
         [
             pre_tokenizers.Digits(individual_digits=True),
@@ -136,13 +159,17 @@ def _library(
     return library
 
 
+def _scores(metadata: Mapping[str, Any], length: int) -> list[float]:
+    if metadata.get("tokenizer.ggml.scores") is None:
+        raise AssayError("tokenizer.ggml.scores is missing.")
+    return _list(metadata, "scores", (int, float), length)
+
+
 def _sentencepiece(metadata: Mapping[str, Any], tokens: list[str], unknown: str | None):
     """SentencePiece's BPE: what may be merged, and in which order, follows from the scores."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    scores = metadata.get("tokenizer.ggml.scores")
-    if scores is None:
-        raise AssayError("tokenizer.ggml.scores is missing.")
+    scores = _scores(metadata, len(tokens))
     ids = {token: i for i, token in enumerate(tokens)}
     merges = []
     for token, score in zip(tokens, scores, strict=True):
@@ -178,9 +205,7 @@ def _unigram(metadata: Mapping[str, Any], tokens: list[str], unknown: str | None
     """
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-    scores = metadata.get("tokenizer.ggml.scores")
-    if scores is None:
-        raise AssayError("tokenizer.ggml.scores is missing.")
+    scores = _scores(metadata, len(tokens))
     named = list(tokens)
     blanks = [i for i, token in enumerate(named) if re.fullmatch(r"\[PAD\d+\]", token)]
     for n, i in enumerate(blanks[:BLANKS]):
@@ -210,7 +235,8 @@ GGUF_KINDS = {"gpt2": _byte_level, "llama": _sentencepiece, "t5": _unigram}
 
 # ---------------------------------------------------------------------------- tiktoken
 
-_END = "<|endoftext|>"
+_END, BEGIN = "<|endoftext|>", "<|begin_of_text|>"
+_RESERVED = range(128002, 128006)
 KNOWN_RANKS: dict[str, tuple[str, dict[str, int]]] = {
     "gpt2": (_GPT2, {_END: 50256}),
     "r50k_base": (_GPT2, {_END: 50256}),
@@ -227,16 +253,39 @@ KNOWN_RANKS: dict[str, tuple[str, dict[str, int]]] = {
     ),
     "o200k_base": (_GPT4O, {_END: 199999, "<|endofprompt|>": 200018}),
     "qwen": (_QWEN2, {_END: 151643, "<|im_start|>": 151644, "<|im_end|>": 151645}),
+    "llama3": (
+        _LLAMA3,
+        {
+            BEGIN: 128000,
+            "<|end_of_text|>": 128001,
+            "<|start_header_id|>": 128006,
+            "<|end_header_id|>": 128007,
+            "<|eom_id|>": 128008,
+            "<|eot_id|>": 128009,
+            "<|python_tag|>": 128010,
+            **{f"<|reserved_special_token_{i}|>": i for i in (*_RESERVED, *range(128011, 128256))},
+        },
+    ),
 }
 """File name without its ending -> how text is cut, and the special tokens beside the ranks."""
+
+BY_COUNT = {
+    50256: "gpt2",
+    100256: "cl100k_base",
+    128000: "llama3",
+    151643: "qwen",
+    199998: "o200k_base",
+}
+"""How many ranks a file of another name has -> whose they are."""
 
 
 def read_ranks(path: Path) -> HuggingFaceTokenizer:
     """A tiktoken file: a line a token, its bytes in base64 and its rank.
 
-    The file's name says how text is cut (`cl100k_base.tiktoken`); any other name is taken to be
-    cut as `cl100k_base`, with `<|endoftext|>` after the last rank where it is not in the ranks.
-    A pair is merged where what it gives has a rank, the lowest first.
+    The file's name says how text is cut (`cl100k_base.tiktoken`), or the count of its ranks (Llama
+    3's `tokenizer.model`); any other is taken to be cut as `cl100k_base`, with `<|endoftext|>`
+    after the last rank where it is not in the ranks. A pair is merged where what it gives has a
+    rank, the lowest first.
 
     Raises:
         AssayError: if a line is not that, or if a byte has no rank.
@@ -249,15 +298,23 @@ def read_ranks(path: Path) -> HuggingFaceTokenizer:
             token, rank = line.split()
             ranks[base64.b64decode(token, validate=True)] = int(rank)
         except (ValueError, binascii.Error):
+            why = (
+                ""
+                if path.suffix == ".tiktoken"
+                else (
+                    " (SentencePiece's models are not read; name the tokenizer.json of this model)"
+                )
+            )
             raise AssayError(
-                f"{path}: line {number} is not a token in base64 and its rank."
+                f"{path}: line {number} is not a token in base64 and its rank{why}."
             ) from None
     missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
     if missing:
         raise AssayError(f"{path}: {len(missing)} of the 256 bytes have no rank.")
     if len(set(ranks.values())) != len(ranks):
         raise AssayError(f"{path}: two tokens have the same rank.")
-    cut, special = KNOWN_RANKS.get(path.stem, (_LLAMA3, {_END: max(ranks.values()) + 1}))
+    whose = path.stem if path.stem in KNOWN_RANKS else BY_COUNT.get(len(ranks))
+    cut, special = KNOWN_RANKS.get(whose, (_LLAMA3, {_END: max(ranks.values()) + 1}))
     character = {value[0]: name for name, value in BYTE_OF.items()}
 
     def spelt(token: bytes) -> str:
@@ -274,5 +331,8 @@ def read_ranks(path: Path) -> HuggingFaceTokenizer:
     special = {token: i for token, i in special.items() if i not in ranks.values()}
     library = _library(vocabulary | special, [merge[2:] for merge in merges], cut, whole_words=True)
     _add(library, list(special))
-    end = _END if _END in special else None
-    return HuggingFaceTokenizer(library.to_str(), eos=end, bos=end)
+    end = next((token for token in (_END, "<|end_of_text|>") if token in special), None)
+    if BEGIN not in special:
+        return HuggingFaceTokenizer(library.to_str(), eos=end, bos=end)
+    _begin(library, BEGIN, special[BEGIN])
+    return HuggingFaceTokenizer(library.to_str(), eos=end, bos=BEGIN)

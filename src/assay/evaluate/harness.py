@@ -5,6 +5,7 @@ The `harness` extra. `AssayLM` is what the harness calls a model: log-likelihood
 """
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 from assay.data.tokenizers import Tokenizer
@@ -14,8 +15,15 @@ from assay.generate.text import complete_batch
 from assay.model.transformer import Transformer
 
 
-def harness_model(model: Transformer, tokenizer: Tokenizer, *, batch_size: int = 8) -> Any:
-    """The model as lm-evaluation-harness' `LM`.
+def harness_model(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    *,
+    batch_size: int = 8,
+    stop_tokens: Sequence[int] = (),
+) -> Any:
+    """The model as lm-evaluation-harness' `LM`. `stop_tokens` end a text, beside the tokenizer's
+    own end.
 
     Raises:
         AssayError: if the harness is not installed, or the tokenizer has no token that starts a
@@ -90,6 +98,7 @@ def harness_model(model: Transformer, tokenizer: Tokenizer, *, batch_size: int =
                         prompts,
                         max_new_tokens=list(new),
                         stop=stop,
+                        stop_tokens=stop_tokens,
                         temperature=0.0,
                     )
                     for number, one in zip(numbers, done, strict=True):
@@ -122,15 +131,18 @@ def run_harness(
     batch_size: int = 8,
     limit: int | None = None,
     include_path: str | None = None,
+    fewshot: int | None = None,
+    stop_tokens: Sequence[int] = (),
 ) -> dict[str, dict[str, Any]]:
     """The harness' own results of its tasks, by task: {metric: value}, standard errors among them.
 
-    `include_path` is a folder of further task files (YAML), as the harness takes them.
+    `include_path` is a folder of further task files (YAML), as the harness takes them; `fewshot`
+    the number of examples before each question, the task's own where it is None.
 
     Raises:
         AssayError: if a task is unknown to the harness, or its documents are out of reach.
     """
-    adapter = harness_model(model, tokenizer, batch_size=batch_size)
+    adapter = harness_model(model, tokenizer, batch_size=batch_size, stop_tokens=stop_tokens)
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
@@ -145,6 +157,7 @@ def run_harness(
         results = simple_evaluate(
             model=adapter,
             tasks=list(tasks),
+            num_fewshot=fewshot,
             limit=limit,
             task_manager=manager,
             bootstrap_iters=1000,

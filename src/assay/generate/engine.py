@@ -564,12 +564,12 @@ def power_of_two(least: int) -> int:
 def stop_ids(
     stop_tokens: Sequence[int], end_token: int | None, vocab_size: int
 ) -> Int32[np.ndarray, "n"]:
-    """All tokens that end a row.
+    """All tokens that end a row, each once.
 
     Raises:
         AssayError: if one is outside the vocabulary.
     """
-    stops = _checked_ids("stop_tokens", stop_tokens, vocab_size)
+    stops = np.unique(_checked_ids("stop_tokens", stop_tokens, vocab_size))
     if end_token is None:
         return stops
     end = _checked_ids("end_token", [end_token], vocab_size)

@@ -29,6 +29,7 @@ from assay.interop.huggingface import (
     our_entries,
     read_config,
     their_entries,
+    widened,
 )
 from assay.interop.huggingface_config import (
     config_from_spec,
@@ -87,7 +88,8 @@ class Source:
     """What is converted. `tensors` are under their names if `theirs`, else under ours.
 
     `family` and `config` are there where the source is or was Hugging Face's; `files` are the
-    tokenizer's and the generation's, by name.
+    tokenizer's and the generation's, by name. `narrower` are the dtypes of those tensors of theirs
+    (experts, where they differ) that lie in a wider array here.
     """
 
     path: Path
@@ -99,6 +101,7 @@ class Source:
     config: dict[str, Any] = field(default_factory=dict)
     files: dict[str, bytes] = field(default_factory=dict)
     tokenizer: Tokenizer | None = None
+    narrower: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self):
         check_tokenizer(self.path, self.tokenizer, self.spec)
@@ -106,11 +109,26 @@ class Source:
     @property
     def start_token(self) -> int | None:
         """The id that a target begins with, where the source names one."""
-        generation = json.loads(self.files.get("generation_config.json", b"{}"))
-        for config in (generation, self.config):
-            if isinstance(found := config.get("decoder_start_token_id"), int):
-                return found
-        return None
+        found = [i for i in self._named("decoder_start_token_id") if isinstance(i, int)]
+        return found[0] if found else None
+
+    @property
+    def end_tokens(self) -> tuple[int, ...]:
+        """The ids that end a text, one or several, where the source names them."""
+        for found in self._named("eos_token_id"):
+            ids = found if isinstance(found, list) else [found]
+            return tuple(i for i in ids if isinstance(i, int) and 0 <= i < self.spec.vocab_size)
+        return ()
+
+    def _named(self, role: str) -> list[Any]:
+        """What the configuration of generation, and after it the model's, say of a role."""
+        name = "generation_config.json"
+        try:
+            generation = json.loads(self.files.get(name, b"{}"))
+        except ValueError as error:
+            raise AssayError(f"{self.path / name}: is not JSON ({error}).") from None
+        configs = [generation if isinstance(generation, dict) else {}, self.config]
+        return [config[role] for config in configs if config.get(role) is not None]
 
     def entries(self, form: Form, spec: TransformerSpec, family: str | None, dtype: str | None):
         """The tensors of a destination of this form, to be read from here one by one."""
@@ -119,7 +137,8 @@ class Source:
                 return our_entries(self.tensors, spec, self.family, dtype)
             return _same(self.tensors, _shapes_of(self.spec), _shapes_of(spec), dtype)
         if not self.theirs:
-            return their_entries(self.tensors, spec, family, dtype)
+            kept = self.narrower if family == self.family else None
+            return their_entries(self.tensors, spec, family, dtype, kept)
         where = checked_names(self.tensors, spec, family)
         shapes = {tensor.name: tensor.shape for tensor in layout(spec, family)}
         return _same(_Renamed(self.tensors, where), shapes, shapes, dtype)
@@ -234,6 +253,7 @@ def open_model_folder(path: Path) -> Source:
         about.get("config") or {},
         _files(path),
         _tokenizer(path),
+        about.get("narrower") or {},
     )
 
 
@@ -353,7 +373,7 @@ def convert(
         if to == "hf":
             _write_config(folder, source, config, kept.most_common(1)[0][0])
         else:
-            _write_model_file(folder, source, spec)
+            _write_model_file(folder, source, spec, dtype)
         write_safetensors(folder, entries, shard_bytes=shard_bytes, progress=tell)
         difference = tolerance = None
         if verify is not False and note is None:
@@ -412,13 +432,20 @@ def _write_config(folder: Path, source: Source, config: dict[str, Any], dtype: s
         _write_json(folder / "generation_config.json", ids)
 
 
-def _write_model_file(folder: Path, source: Source, spec: TransformerSpec) -> None:
+def _write_model_file(
+    folder: Path, source: Source, spec: TransformerSpec, dtype: str | None
+) -> None:
+    narrower = source.narrower
+    if source.theirs:
+        narrower = widened(source.tensors, source.spec, source.family)
     about = {
         "version": VERSION,
         "spec": spec.model_dump(mode="json"),
         "family": source.family,
         "config": source.config,
     }
+    if narrower and dtype is None:
+        about["narrower"] = narrower
     _write_json(folder / MODEL_FILE, about)
 
 

@@ -123,6 +123,13 @@ UNREAD = ("rope_freqs.weight", "dec.blk.0.cross_attn_rel_b.weight")
 """Tensors that hold no parameter: Llama 3's scaling, which the config says, and T5's positions
 between source and target, which nothing reads."""
 
+NAMED = ("rope.scaling.type",)
+NUMBERS = ("rope.freq_base", "rope.scaling.factor")
+NUMBERS += ("attention.layer_norm_epsilon", "attention.layer_norm_rms_epsilon")
+FROM_0 = ("expert_count", "decoder_start_token_id", "expert_feed_forward_length")
+LAYERED = ("attention.head_count", "attention.head_count_kv", "feed_forward_length")
+"""Keys of metadata by what their values are; all others are whole numbers from 1 on."""
+
 # ---------------------------------------------------------------------------- files
 
 
@@ -162,7 +169,7 @@ class GgufFile(Mapping):
     def config(self) -> dict[str, Any]:
         """What the config.json of this model would say."""
         architecture = self.metadata.get("general.architecture")
-        if architecture not in ARCHITECTURES:
+        if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
             raise AssayError(
                 f"{self.path}: general.architecture is {architecture!r}, not supported; "
                 f"supported are: {', '.join(ARCHITECTURES)}."
@@ -179,7 +186,11 @@ class GgufFile(Mapping):
 
     @cached_property
     def spec(self) -> TransformerSpec:
-        return spec_from_config(self.config())
+        config = self.config()
+        try:
+            return spec_from_config(config)
+        except AssayError as error:
+            raise AssayError(f"{self.path}: {error}") from None
 
     @property
     def family(self) -> str:
@@ -204,9 +215,7 @@ class GgufFile(Mapping):
 
     def __getitem__(self, name: str) -> np.ndarray:
         place = self._places[name]
-        tensor = self._tensors[place.name]
-        data = tensor.data if place.expert is None else tensor.data[place.expert]
-        array = _dequantise(data, tensor)
+        array = self.as_it_lies(place.name, place.expert)
         if place.heads is not None:
             array = _unpermute(array, place.heads)
         return array.T if place.transposed else array
@@ -250,13 +259,38 @@ class GgufFile(Mapping):
     def _get(self, architecture: str, key: str, *default: Any) -> Any:
         name = f"{architecture}.{key}"
         if name in self.metadata:
-            return self.metadata[name]
+            return self._checked(name, key, self.metadata[name])
         if default:
             return default[0]
         raise AssayError(f"{self.path}: {name} is missing.")
 
+    def _checked(self, name: str, key: str, value: Any) -> Any:
+        """
+        Raises:
+            AssayError: if the value is not of its key's kind.
+        """
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if key in LAYERED and isinstance(value, list):
+            return value  # refused by who knows of layers
+        if key in NAMED:
+            right, wanted = isinstance(value, str), "a name"
+        elif key in NUMBERS:
+            right, wanted = number and 0 < value < math.inf, "a number over 0"
+        else:
+            least = 0 if key in FROM_0 else 1
+            right = number and isinstance(value, int) and value >= least
+            wanted = f"a whole number of at least {least}"
+        if not right:
+            raise AssayError(f"{self.path}: {name} is {value!r}; expected {wanted}.")
+        return value
+
     def has(self, name: str) -> bool:
         return name in self._tensors
+
+    def as_it_lies(self, name: str, expert: int | None = None) -> np.ndarray:
+        """A tensor (or one expert of it) by the file's own name, its values in the file's order."""
+        tensor = self._tensors[name]
+        return _dequantise(tensor.data if expert is None else tensor.data[expert], tensor)
 
     def rows(self, name: str) -> int:
         if name not in self._tensors:
@@ -367,8 +401,13 @@ def _config_t5(file: GgufFile, family: str, get) -> dict[str, Any]:
 def _config_llama_like(file: GgufFile, family: str, get) -> dict[str, Any]:
     heads, width = get("attention.head_count"), get("embedding_length")
     kv_heads = get("attention.head_count_kv", heads)
-    if isinstance(heads, list) or isinstance(kv_heads, list):
-        raise AssayError(f"{file.path}: heads differ by layer, which is not supported.")
+    for part, by_layer in (
+        ("heads", heads),
+        ("heads", kv_heads),
+        ("widths", get("feed_forward_length", 1)),
+    ):
+        if isinstance(by_layer, list):
+            raise AssayError(f"{file.path}: {part} differ by layer, which is not supported.")
     head_dim = get("attention.key_length", width // heads)
     rotated = get("rope.dimension_count", head_dim)
     if rotated != head_dim or get("attention.value_length", head_dim) != head_dim:

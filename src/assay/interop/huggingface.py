@@ -13,7 +13,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -352,8 +352,11 @@ def their_entries(
     spec: TransformerSpec,
     family: str | None = None,
     dtype: str | None = None,
+    narrower: Mapping[str, str] | None = None,
 ) -> list[Entry]:
     """Their tensors, made of ours when they are read; in `dtype`, or each in its own.
+
+    `narrower` names those that were widened when they became ours, and their own dtypes.
 
     Raises:
         AssayError: if a parameter is missing, or has another shape than the spec's.
@@ -373,7 +376,8 @@ def their_entries(
                 ours = [array[tensor.expert] for array in ours]
             return [tensor.to_theirs(ours)]
 
-        kept = np.dtype(dtype or dtype_of(named, tensor.ours[0]))
+        own = (narrower or {}).get(tensor.name) or dtype_of(named, tensor.ours[0])
+        kept = np.dtype(dtype or own)
         entries.append(Entry(tensor.name, kept, tensor.shape, arrays, tensor.ours[0]))
     return entries
 
@@ -390,7 +394,7 @@ def our_entries(
 
     Raises:
         AssayError: if a tensor is missing, unexpected, not of floats, or of another shape; if
-            a tied head is there and is not the embedding; if a layer's experts differ in dtype.
+            a tied head is there and is not the embedding.
     """
     family = known_family(family or family_of(spec))
     wanted = layout(spec, family)
@@ -402,18 +406,43 @@ def our_entries(
             holders.setdefault(name, []).append((tensor, k))
     entries = []
     for name, held in holders.items():
-        dtypes = {dtype_of(tensors, where[tensor.name]) for tensor, _ in held}
-        if len(dtypes) > 1 and dtype is None:
-            found = ", ".join(sorted(map(str, dtypes)))
-            raise AssayError(f"{held[0][0].name}: experts of one layer are {found}; name a dtype.")
+        own = _holding({dtype_of(tensors, where[tensor.name]) for tensor, _ in held})
 
         def arrays(held=held):
             parts = [(t, t.to_ours(np.asarray(tensors[where[t.name]]))[k]) for t, k in held]
             return [part if t.expert is None else part[None] for t, part in parts]
 
-        kept = np.dtype(dtype or dtypes.pop())
+        kept = np.dtype(dtype or own)
         entries.append(Entry(name, kept, shapes[name], arrays, held[0][0].name))
     return entries
+
+
+def _holding(dtypes: set[np.dtype]) -> np.dtype:
+    """The one dtype, or (of experts of one layer, which are one array of ours) one that holds
+    every value of all of them."""
+    if len(dtypes) == 1:
+        return next(iter(dtypes))
+    return max(np.dtype(np.float32), *dtypes, key=lambda dtype: dtype.itemsize)
+
+
+def widened(
+    tensors: Mapping[str, np.ndarray], spec: TransformerSpec, family: str
+) -> dict[str, str]:
+    """Their tensors that lie in a wider array of ours than their own dtype, and that dtype."""
+    where = checked_names(tensors, spec, family)
+    dtypes = {
+        tensor: dtype_of(tensors, where[tensor.name])
+        for tensor in layout(spec, family)
+        if tensor.expert is not None
+    }
+    arrays: dict[tuple[str, ...], set[np.dtype]] = {}
+    for tensor, dtype in dtypes.items():
+        arrays.setdefault(tensor.ours, set()).add(dtype)
+    return {
+        tensor.name: dtype.name
+        for tensor, dtype in dtypes.items()
+        if dtype != _holding(arrays[tensor.ours])
+    }
 
 
 def checked_names(
@@ -592,7 +621,8 @@ def save_folder(
 
 @contextmanager
 def new_folder(path: str | Path) -> Iterator[Path]:
-    """A folder beside `path`, which takes its name where all went well, and else is removed.
+    """A folder beside `path`, which takes its name where all went well, and else is removed,
+    with the folders above it that were made for it.
 
     Raises:
         AssayError: if `path` exists, or no folder can be made there.
@@ -600,18 +630,21 @@ def new_folder(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     if path.exists():
         raise AssayError(f"{path}: already exists; nothing was written.")
+    above = [folder for folder in path.parents if not folder.exists()]  # the nearest first
+    unfinished = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-    except OSError as error:
-        raise AssayError(f"{path}: cannot be written ({error.strerror or error}).") from None
-    try:
         yield unfinished
         unfinished.chmod(0o755)
         os.rename(unfinished, path)
-    except OSError as error:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise AssayError(f"{path}: cannot be written ({error.strerror or error}).") from None
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
+    except BaseException as error:
+        if unfinished is not None:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        for folder in above:
+            with suppress(OSError):  # another's file is in it, or it was never made
+                folder.rmdir()
+        if isinstance(error, OSError):
+            why = error.strerror or error
+            raise AssayError(f"{path}: cannot be written ({why}).") from None
         raise

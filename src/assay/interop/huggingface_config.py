@@ -65,7 +65,54 @@ def spec_from_config(config: Mapping[str, Any]) -> TransformerSpec:
     """
     family = CONFIG_FAMILIES[model_type(config)]
     _refuse_if_set(config, "quantization_config")
-    return family.read(family.defaults | dict(config))
+    filled = family.defaults | dict(config)
+    for name, value in filled.items():
+        _check_kind(name, value, family.defaults.get(name))
+    return family.read(filled)
+
+
+KINDS = (
+    (bool, "true or false"),
+    (int, "a whole number of at least 1"),
+    (float, "a number of at least 0"),
+    (str, "a name"),
+    (Mapping, "an object"),
+    (list, "a list"),
+)
+"""What a value may be -> what a sentence calls it. `bool` first, since it is an `int` too."""
+WHOLE = ("num_key_value_heads", "head_dim", "n_inner", "sliding_window", "num_decoder_layers")
+NULLABLE = (*WHOLE, "attention_dropout", "router_jitter_noise", "router_aux_loss_coef")
+OTHER_KINDS = dict.fromkeys(WHOLE, int) | {
+    **dict.fromkeys(("num_local_experts", "num_experts", "max_window_layers"), int),
+    **dict.fromkeys(("rope_scaling", "rope_parameters"), Mapping),
+    **dict.fromkeys(("rope_theta", "partial_rotary_factor"), float),
+    **dict.fromkeys(("layer_types", "mlp_only_layers"), list),
+    "scale_decoder_outputs": bool,
+}
+"""Of keys that have no default, or null for one."""
+
+
+def _check_kind(name: str, value: Any, default: Any) -> None:
+    """
+    Raises:
+        AssayError: if the value is not of the kind that this key's have.
+    """
+    optional = default is None or name in NULLABLE
+    kind = OTHER_KINDS.get(name)
+    if kind is None and default is not None:
+        kind = next(kind for kind, _ in KINDS if isinstance(default, kind))
+    if kind is None or (value is None and optional):
+        return
+    is_bool, number = isinstance(value, bool), isinstance(value, (int, float))
+    if kind is int:
+        least = 0 if name == "max_window_layers" else 1
+        right = isinstance(value, int) and not is_bool and value >= least
+    elif kind is float:
+        right = number and not is_bool and 0 <= value < math.inf
+    else:
+        right = isinstance(value, kind)
+    if not right:
+        raise AssayError(f"config.json: {name} is {value!r}; expected {dict(KINDS)[kind]}.")
 
 
 def config_from_spec(spec: TransformerSpec, family: str | None = None) -> Config:

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from assay.errors import AssayError
+from assay.interop.huggingface import layout
 
 
 def missing(source: str, to: str) -> str | None:
@@ -91,12 +92,22 @@ def _from_gguf(path: Path):
 
 
 def _of_tensors(file):
-    """`transformers`' model of a GGUF file's tensors, read and named as `gguf.py` has them."""
+    """`transformers`' model of a GGUF file's tensors, of which our own reading has no part.
+
+    Names are by the `gguf` package's table, and the order of rows by `transformers`' own of a
+    Llama; the config is that of `gguf.py`.
+    """
     import torch
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+    from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
 
     config = AutoConfig.for_model(**file.config())
-    state = {name: torch.from_numpy(np.array(file[name], np.float32)) for name in file}
+    architecture = file.metadata["general.architecture"]
+    processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config.to_dict())
+    state = {}
+    for name, (theirs, expert) in _names_by_gguf(file, architecture).items():
+        array = processor.process(file.as_it_lies(theirs, expert), theirs).weights
+        state[name] = torch.from_numpy(np.array(array, np.float32))
     model, info = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
         None,
         config=config,
@@ -106,6 +117,27 @@ def _of_tensors(file):
     )
     _all_found(file.path, info)
     return model
+
+
+def _names_by_gguf(file, architecture: str) -> dict[str, tuple[str, int | None]]:
+    """`transformers`' names of tensors -> the file's, and which expert of it, where it has several.
+
+    The table knows stacked experts only; files before April 2024 have a tensor for each.
+    """
+    import gguf
+
+    kind = next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    table = gguf.get_tensor_name_map(kind, file.spec.decoder.num_layers)
+    names = {}
+    for tensor in layout(file.spec, file.family):
+        module, _, part = tensor.name.rpartition(".")
+        stacked = module.replace(f".experts.{tensor.expert}.", ".experts.")
+        name = f"{table.get_name(stacked)}.{part}"
+        if tensor.expert is None or file.has(name):
+            names[tensor.name] = (name, tensor.expert)
+        else:
+            names[tensor.name] = (name.replace("_exps.", f".{tensor.expert}."), None)
+    return names
 
 
 def _all_found(path: Path, info: dict) -> None:
