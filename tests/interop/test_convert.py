@@ -241,6 +241,27 @@ def test_the_command(tmp_path, assay_command):
     assert status == 0, err
 
 
+def test_every_id_that_ends_a_text_is_known(tmp_path):
+    """generation_config.json may name several, as Llama 3's does; any of them ends what is made."""
+    folder = make(tmp_path / "start", "llama")
+    for name, text in tokenizers.huggingface_files(tokenizers.CharTokenizer("the cats")).items():
+        (folder / name).write_text(text)
+    about = folder / "generation_config.json"
+    about.unlink()
+    assert load(folder).end_tokens == (2,)  # the model's own configuration
+    whole = assay.generate(folder, "the", max_new_tokens=4, temperature=0.0)
+    third = whole.ids[2]
+    about.write_text(json.dumps({"eos_token_id": [third, 63, 99]}))
+    loaded = load(folder)
+    assert loaded.end_tokens == (third, 63)
+    ended = assay.generate(loaded, "the", max_new_tokens=4, temperature=0.0)
+    assert ended.ids == whole.ids[: whole.ids.index(third)]
+    assert ended.finish_reason == "stop"
+    about.write_text("{")
+    with pytest.raises(AssayError, match=r"generation_config.json: is not JSON"):
+        load(folder)
+
+
 @pytest.mark.parametrize(("vocabulary", "rows"), [(50257, 50304), (50304, 50304)])
 def test_padding_of_the_vocabulary_both_ways(vocabulary, rows, tmp_path):
     """50257 tokens in 50304 rows here, and 50257 there; a table of 50304 there is kept whole."""
@@ -363,6 +384,26 @@ def test_folders_above_are_taken_away_again(tmp_path, assay_command):
     (tmp_path / "mine").mkdir()
     status, _, err = assay_command("convert", folder, tmp_path / "mine" / "a" / "b" / "out")
     assert (status, "not finite" in err) == (2, True)
+    assert not list((tmp_path / "mine").iterdir())
+
+
+def test_ended_from_outside_nothing_is_left(tmp_path):
+    """By SIGTERM while it writes, as a scheduler does it."""
+    start = make(tmp_path / "start", "llama")
+    script = (
+        "import os, signal, sys; from assay import cli; from assay.interop import convert as c;"
+        "write = c.write_safetensors;"
+        "c.write_safetensors = lambda *a, **b: (write(*a, **b), os.kill(os.getpid(), 15));"
+        "cli.main()"
+    )
+    (tmp_path / "mine").mkdir()
+    run = subprocess.run(
+        [sys.executable, "-c", script, "convert", start, tmp_path / "mine" / "out"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert (run.returncode, run.stderr) == (130, "assay: interrupted.\n")
     assert not list((tmp_path / "mine").iterdir())
 
 

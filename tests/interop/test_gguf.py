@@ -45,14 +45,16 @@ def write(
     pre="gpt-2",
     kinds=lambda name: Type.F32,
     split=False,
+    parts_of=0,
     **more,
 ):
     """A file as llama.cpp's converter writes it, from tensors by Hugging Face's names.
 
-    With `split`, a tensor for each expert, as it did before April 2024.
+    With `split`, a tensor for each expert, as it did before April 2024. With `parts_of`, so many
+    tensors a file.
     """
     architecture = {"qwen3_moe": "qwen3moe", "mixtral": "llama"}.get(family, family)
-    out = gguf.GGUFWriter(path, architecture)
+    out = gguf.GGUFWriter(path, architecture, split_max_tensors=parts_of)
     gpt2 = family == "gpt2"
     out.add_context_length(config["n_positions" if gpt2 else "max_position_embeddings"])
     out.add_embedding_length(config["n_embd" if gpt2 else "hidden_size"])
@@ -232,6 +234,25 @@ def test_values(kind, tmp_path):
             np.testing.assert_allclose(ours, hand, rtol=1e-5, atol=1e-6)
 
 
+def test_a_tensor_takes_little_more_memory_than_its_values(tmp_path, monkeypatch):
+    """Read block by block, and nothing of the file stays mapped behind it."""
+    import tracemalloc
+
+    from assay.interop import gguf as reading
+
+    config, _, state = example("llama", hidden_size=256, intermediate_size=4096)
+    path = write(tmp_path / "x.gguf", "llama", state, config, kinds=lambda name: Type.Q8_0)
+    file, name = GgufFile(path), "model.layers.0.mlp.up_proj.weight"
+    whole = file[name]
+    monkeypatch.setattr(reading, "BLOCK_BYTES", 2**18)
+    tracemalloc.start()
+    parts = file[name]
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert np.array_equal(parts, whole)
+    assert most < 1.25 * whole.nbytes
+
+
 # ---------------------------------------------------------------------------- models
 
 
@@ -296,6 +317,26 @@ def test_experts_in_a_tensor_each(tmp_path, assay_command):
     with pytest.raises(AssayError, match="the converted model's logits differ"):
         convert(replace(open_source(path), spec=wrong), tmp_path / "wrong", to="assay")
     assert not (tmp_path / "wrong").exists()
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3_moe"])
+def test_a_model_in_several_files(family, tmp_path, assay_command):
+    """By its first; each of the others must be there."""
+    config, spec, state = example(family)
+    write(tmp_path / "x.gguf", family, state, config, parts_of=10)
+    first, *others = sorted(tmp_path.iterdir())
+    assert first.name.startswith("x-00001-of-")
+    assert others
+    file = GgufFile(first)
+    assert file.spec == spec
+    assert all(np.array_equal(file[name], state[name]) for name in state)
+    result = convert(open_source(first), tmp_path / "own", to="assay", verify=True)
+    assert result.max_logit_difference <= result.tolerance
+    status, _, err = assay_command("show", others[0])
+    assert (status, "name the first" in err) == (2, True)
+    others[-1].unlink()
+    with pytest.raises(AssayError, match="is not there, but x-00001-of-"):
+        GgufFile(first)
 
 
 def write_t5(path, state, config, pieces):

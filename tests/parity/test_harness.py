@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from assay.errors import AssayError
 from assay.evaluate.harness import harness_model
 from assay.loading import load
 
@@ -91,10 +92,11 @@ def test_rolling_likelihoods_are_the_harness(both):
 
 
 def test_greedy_texts_are_the_harness(both):
+    """In their order, though those that stop alike are made together; by any of the names that
+    the harness has for a length."""
     ours, theirs, _ = both
-    """In their order, though those that stop alike are made together."""
     settings = {"until": ["."], "max_gen_toks": 12, "do_sample": False}
-    other = {"until": "o", "max_gen_toks": 5}
+    other = {"until": "o", "max_new_tokens": 5, "do_sample": False, "temperature": 0.7}
     requests = [
         Request("the cat sat", settings),
         Request("a dog", other),
@@ -104,6 +106,12 @@ def test_greedy_texts_are_the_harness(both):
     assert ours.generate_until(requests, disable_tqdm=True) == theirs.generate_until(
         requests, disable_tqdm=True
     )
+
+
+def test_sampled_texts_are_refused(both):
+    ours, *_ = both
+    with pytest.raises(AssayError, match="asks for sampled text"):
+        ours.generate_until([Request("a", {"until": ["."], "do_sample": True})])
 
 
 WORDS = ["the cat", "a dog", "the mat", "ran off", "sat on", "a cat ran"]
@@ -249,6 +257,48 @@ def test_the_command_runs_a_local_task(both, official, assay_command):
     found = json.loads(out.splitlines()[-1])["harness"]
     assert found["local_piqa"]["acc_stderr,none"] > 0
     assert found["local_lambada_openai"]["perplexity_stderr,none"] > 0
+
+
+def test_few_shot_is_the_harness(both, tmp_path, assay_command):
+    """`--fewshot`: its examples go before each question, and their beginning is read once."""
+    import lm_eval.tasks
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    _, theirs, loaded = both
+    docs = tmp_path / "docs.jsonl"
+    docs.write_text("\n".join(map(json.dumps, documents("piqa"))))
+    official = f"{lm_eval.tasks.__path__[0]}/piqa/piqa.yaml"
+    (tmp_path / "few.yaml").write_text(
+        f"include: {official}\ntask: local_few\ndataset_path: json\n"
+        f"dataset_kwargs: {{data_files: {{train: {docs}, validation: {docs}}}}}\n"
+    )
+    manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
+    reference = simple_evaluate(
+        model=theirs, tasks=["local_few"], num_fewshot=1, task_manager=manager
+    )
+    status, out, err = assay_command(
+        *("eval", loaded.name, "--harness", " local_few", "--include-path", tmp_path),
+        *("--fewshot", 1, "--json"),
+    )
+    assert status == 0, err
+    found = json.loads(out.splitlines()[-1])["harness"]["local_few"]
+    for metric in ("acc,none", "acc_norm,none", "acc_stderr,none"):
+        assert found[metric] == pytest.approx(reference["results"]["local_few"][metric])
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--harness", "piqa", "--task", "piqa"], "--harness and --task: give one of them."),
+        (["--harness", "piqa", "--against", "nano"], "--against: goes with --task."),
+        (["--task", "piqa", "--fewshot", 2], "--fewshot: goes with --harness."),
+        (["--limit", 2], "--limit: goes with --task or --harness."),
+    ],
+)
+def test_options_that_do_not_go_together(options, sentence, assay_command):
+    status, _, err = assay_command("eval", "nano", *options)
+    assert (status, err) == (2, f"assay: {sentence}\n")
 
 
 def test_documents_out_of_reach_are_a_sentence(both, assay_command):

@@ -31,6 +31,7 @@ def harness_model(
     """
     try:
         from lm_eval.api.model import TemplateLM
+        from lm_eval.models.utils import normalize_gen_kwargs
         from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
     except ImportError:
         raise AssayError(
@@ -84,10 +85,14 @@ def harness_model(
             alike: dict[tuple[str, ...], list[tuple[int, list[int], int]]] = {}
             for number, request in enumerate(requests):
                 prompt, settings = request.args
-                _only_greedy(settings)
-                new = int(settings.get("max_gen_toks", 256))
+                settings = normalize_gen_kwargs(settings)  # as its own backends read them
+                if settings["do_sample"]:
+                    raise AssayError(
+                        "--harness: a task asks for sampled text; only greedy text is made."
+                    )
+                new = settings["max_gen_toks"]
                 row = (number, self._shortened(prompt, new), new)
-                alike.setdefault(tuple(_stops(settings)), []).append(row)
+                alike.setdefault(tuple(settings["until"]), []).append(row)
             for stop, rows in alike.items():
                 rows.sort(key=lambda row: len(row[1]), reverse=True)  # alike in length, too
                 for start in range(0, len(rows), batch_size):
@@ -111,16 +116,6 @@ def harness_model(
             return self.tok_encode(prompt)[-room:] or [tokenizer.bos_id]
 
     return AssayLM()
-
-
-def _stops(settings: dict[str, Any]) -> list[str]:
-    until = settings.get("until", [])
-    return [until] if isinstance(until, str) else list(until)
-
-
-def _only_greedy(settings: dict[str, Any]) -> None:
-    if settings.get("do_sample") or float(settings.get("temperature") or 0) > 0:
-        raise AssayError("--harness: a task asks for sampled text; only greedy text is made.")
 
 
 def run_harness(

@@ -9,6 +9,7 @@ Sources: the `gguf` package and convert_hf_to_gguf.py of llama.cpp.
 """
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,7 +22,7 @@ from assay.data.tokenizers import HuggingFaceTokenizer
 from assay.data.vocabularies import from_gguf
 from assay.errors import AssayError
 from assay.interop.huggingface import layout, spec_from_config
-from assay.interop.tensor_files import Shape
+from assay.interop.tensor_files import BLOCK_BYTES, Shape
 from assay.spec.model import TransformerSpec
 
 # ---------------------------------------------------------------------------- names
@@ -155,7 +156,38 @@ class GgufFile(Mapping):
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self._reader = _read(self.path)
-        self._tensors = {tensor.name: tensor for tensor in self._reader.tensors}
+        readers = {self.path: self._reader} | {part: _read(part) for part in self._other_parts()}
+        files = [(path, tensor) for path, reader in readers.items() for tensor in reader.tensors]
+        self._tensors = {tensor.name: tensor for _, tensor in files}
+        self._files = {tensor.name: path for path, tensor in files}
+
+    def _other_parts(self) -> list[Path]:
+        """The other files of a model in several, of which the first is opened.
+
+        Raises:
+            AssayError: if it is not the first, or another is not there.
+        """
+        count = self.metadata.get("split.count", 1)
+        if not isinstance(count, int) or count < 2:
+            return []
+        named = re.fullmatch(r"(.+)-00001-of-(\d{5})\.gguf", self.path.name)
+        if named is None or int(named[2]) != count:
+            raise AssayError(
+                f"{self.path}: is one of {count} parts of a model; name the first, "
+                f"NAME-00001-of-{count:05d}.gguf, with the others beside it."
+            )
+        parts = [
+            self.path.with_name(f"{named[1]}-{i:05d}-of-{count:05d}.gguf")
+            for i in range(2, count + 1)
+        ]
+        for part in parts:
+            if not part.is_file():
+                raise AssayError(f"{part}: is not there, but {self.path.name} is of {count} parts.")
+        return parts
+
+    @property
+    def in_parts(self) -> bool:
+        return self.metadata.get("split.count", 1) > 1
 
     @cached_property
     def metadata(self) -> dict[str, Any]:
@@ -289,8 +321,17 @@ class GgufFile(Mapping):
 
     def as_it_lies(self, name: str, expert: int | None = None) -> np.ndarray:
         """A tensor (or one expert of it) by the file's own name, its values in the file's order."""
+        data = self._data(name)
+        return _dequantise(data if expert is None else data[expert], self._tensors[name])
+
+    def _data(self, name: str) -> np.ndarray:
+        """As the reader's `data`, but mapped anew: what is read does not stay in memory."""
         tensor = self._tensors[name]
-        return _dequantise(tensor.data if expert is None else tensor.data[expert], tensor)
+        like = tensor.data
+        if not like.size:
+            return like
+        mapped = np.memmap(self._files[name], like.dtype, "r", int(tensor.data_offset), like.shape)
+        return mapped.view(np.ndarray)
 
     def rows(self, name: str) -> int:
         if name not in self._tensors:
@@ -302,7 +343,8 @@ class GgufFile(Mapping):
         if "output.weight" not in self._tensors:
             return True
         head, table = self._tensors["output.weight"], self._tensors["token_embd.weight"]
-        return head.tensor_type == table.tensor_type and np.array_equal(head.data, table.data)
+        same = head.tensor_type == table.tensor_type and head.data.shape == table.data.shape
+        return same and np.array_equal(self._data(head.name), self._data(table.name))
 
 
 def _read(path: Path):
@@ -343,11 +385,20 @@ def _dequantise(data: np.ndarray, tensor) -> np.ndarray:
             return data
         case "BF16":
             return data.view(_dtype(tensor))
+    # Some rows at a time: the package keeps all that it made besides the result.
+    rows = data.reshape(-1, data.shape[-1])
+    step = max(1, BLOCK_BYTES // max(8 * rows.shape[-1], 1))  # 8: of 4 bits to 32
+    out = None
     try:
-        return dequantize(data, tensor.tensor_type)
+        for start in range(0, len(rows), step):
+            block = dequantize(rows[start : start + step], tensor.tensor_type)
+            if out is None:
+                out = np.empty((len(rows), block.shape[-1]), np.float32)
+            out[start : start + step] = block
     except NotImplementedError:
         kind = tensor.tensor_type.name
         raise AssayError(f"{tensor.name}: is of type {kind}, which cannot be read.") from None
+    return out.reshape(*data.shape[:-1], -1)
 
 
 def _unpermute(array: np.ndarray, heads: int) -> np.ndarray:

@@ -59,7 +59,8 @@ def _from_folder(path: Path):
 
 
 UNREAD = ("mixtral", "olmoe")
-"""Families whose GGUF files `transformers` does not read, though it has their models."""
+"""Families whose GGUF files `transformers` does not read, though it has their models. Nor does it
+read a model in several files."""
 
 
 def _from_gguf(path: Path):
@@ -72,7 +73,7 @@ def _from_gguf(path: Path):
 
     from assay.interop.gguf import GgufFile
 
-    if (file := GgufFile(path)).family in UNREAD:
+    if (file := GgufFile(path)).family in UNREAD or file.in_parts:
         return _of_tensors(file)
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
@@ -98,7 +99,11 @@ def _of_tensors(file):
     Llama; the config is that of `gguf.py`.
     """
     import torch
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+    from transformers import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+        AutoConfig,
+    )
     from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
 
     config = AutoConfig.for_model(**file.config())
@@ -108,7 +113,10 @@ def _of_tensors(file):
     for name, (theirs, expert) in _names_by_gguf(file, architecture).items():
         array = processor.process(file.as_it_lies(theirs, expert), theirs).weights
         state[name] = torch.from_numpy(np.array(array, np.float32))
-    model, info = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
+    forms = MODEL_FOR_CAUSAL_LM_MAPPING
+    if config.is_encoder_decoder:
+        forms = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
+    model, info = forms[type(config)].from_pretrained(
         None,
         config=config,
         state_dict=state,
