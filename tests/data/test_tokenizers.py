@@ -239,3 +239,31 @@ def test_ids_read_no_text():
         tokenizer.encode("a")
     with pytest.raises(AssayError, match="bytes are not known"):
         tokenizer.token_bytes()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: d.pop("model"), "could not be read"),
+        (lambda d: d["model"].update(merges=["th e"]), "could not be read"),
+        (lambda d: d["model"]["vocab"].update(a=-1), "could not be read"),
+        (lambda d: d["added_tokens"][0].update(id=[1]), "is not a Hugging Face tokenizer.json"),
+    ],
+    ids=["model", "merges", "id", "added"],
+)
+def test_spoilt_definitions_are_a_sentence(change, message, tmp_path):
+    """The library itself panics on some of these."""
+    tokenizers.train_bpe(["the cat sat "], 300).save(tmp_path)
+    definition = json.loads((tmp_path / "tokenizer.json").read_text())
+    change(definition)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(definition))
+    with pytest.raises(AssayError, match=message) as found:
+        tokenizers.read_file(tmp_path)
+    assert len(str(found.value).splitlines()) == 1
+
+
+def test_a_template_that_is_no_text(tmp_path):
+    tokenizers.train_bpe(["the cat sat "], 300).save(tmp_path)
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff\xfe")
+    with pytest.raises(AssayError, match=r"chat_template.jinja: is not UTF-8 text"):
+        tokenizers.read_file(tmp_path)

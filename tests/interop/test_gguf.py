@@ -322,7 +322,7 @@ def test_experts_in_a_tensor_each(tmp_path, assay_command):
 @pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3_moe"])
 def test_a_model_in_several_files(family, tmp_path, assay_command):
     """By its first; each of the others must be there."""
-    config, spec, state = example(family)
+    config, spec, state = example(family, **ITS_DEFAULTS[family])
     write(tmp_path / "x.gguf", family, state, config, parts_of=10)
     first, *others = sorted(tmp_path.iterdir())
     assert first.name.startswith("x-00001-of-")

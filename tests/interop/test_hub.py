@@ -69,11 +69,12 @@ def root(tmp_path_factory):
 
 def test_all_that_comes_from_the_hub(root, tmp_path):
     model = "someone/some-model"
+    # One process, for a start takes seconds: what is fetched, then what is not there.
     lines = [
         ["generate", model, "--prompt", "the cat", "--max-new-tokens", "3", "--json"],
         ["convert", model, str(tmp_path / "mine"), "--json"],
-        ["eval", model, "--task", "piqa", "--limit", "4", "--json"],
-        ["eval", model, "--harness", "hellaswag,arc_easy", "--limit", "4", "--json"],
+        ["eval", model, "--task", "piqa", "--limit", "2", "--json"],
+        ["eval", model, "--harness", "hellaswag,arc_easy", "--limit", "2", "--json"],
         ["data", "prepare", "hf:someone/stories:train:4", "--out", str(tmp_path / "tokens")],
         ["show", "someone/no-model"],
         ["eval", model, "--task", "winogrande"],
@@ -108,7 +109,7 @@ def test_all_that_comes_from_the_hub(root, tmp_path):
     generated, converted, task, harness, prepared = (json.loads(out) for _, out, _ in answers[:5])
     assert generated["prompt_tokens"] == 7
     assert converted["max_logit_difference"] < 1e-4
-    assert (task["task"], task["examples"]) == ("piqa", 4)
+    assert (task["task"], task["examples"]) == ("piqa", 2)
     assert harness["harness"].keys() == {"hellaswag", "arc_easy"}
     assert all(0 <= of["acc_norm,none"] <= 1 for of in harness["harness"].values())
     assert prepared["documents"] == 4

@@ -216,8 +216,11 @@ class HuggingFaceTokenizer(_Base):
 
         try:
             self._library = Library.from_str(definition)
-        except Exception as error:  # the library raises the bare class
-            raise AssayError(f"tokenizer.json: could not be read ({error}).") from None
+        except BaseException as error:  # the library raises the bare class, or it panics
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise AssayError(f"tokenizer.json: could not be read ({reason}).") from None
         self._library.no_truncation()
         self._library.no_padding()
         self._library.encode_special_tokens = True  # specials inside a text are text
@@ -236,7 +239,7 @@ class HuggingFaceTokenizer(_Base):
         parsed = json.loads(definition)
         model = parsed["model"]  # unigrams name the id, the others the token
         self.unknown_id = model.get("unk_id", vocabulary.get(model.get("unk_token")))
-        decoders = _kinds(parsed["decoder"])
+        decoders = _kinds(parsed.get("decoder"))
         self._byte_level = "ByteLevel" in decoders
         self._drop_first_space = bool({"Metaspace", "Strip"} & decoders)
         self._cut_lines = _cuts_at_lines(self._library)
@@ -394,9 +397,9 @@ def read_file(path: str | Path) -> HuggingFaceTokenizer:
         definition = file.read_text(encoding="utf-8")
         added = json.loads(definition)["added_tokens"]
         vocabulary = {token["content"]: token["id"] for token in added}
+        named = {i: token for token, i in vocabulary.items()}
     except (ValueError, KeyError, TypeError):
         raise AssayError(f"{file}: is not a Hugging Face tokenizer.json.") from None
-    named = {i: token for token, i in vocabulary.items()}
 
     def find(role: str, usual: tuple[str, ...]) -> str | None:
         for config in ("tokenizer_config.json", "special_tokens_map.json"):
@@ -422,10 +425,14 @@ def _chat_template(folder: Path) -> str | None:
     """A folder's chat_template.jinja, or the one (or the default one) of its configuration."""
     file = folder / "chat_template.jinja"
     if file.is_file():
-        return file.read_text(encoding="utf-8")
+        try:
+            return file.read_text(encoding="utf-8")
+        except ValueError:
+            raise AssayError(f"{file}: is not UTF-8 text.") from None
     found = _json(folder / "tokenizer_config.json").get("chat_template")
     if isinstance(found, list):
-        named = {entry.get("name"): entry.get("template") for entry in found}
+        entries = [entry for entry in found if isinstance(entry, dict)]
+        named = {entry.get("name"): entry.get("template") for entry in entries}
         found = named.get("default")
     return found if isinstance(found, str) else None
 

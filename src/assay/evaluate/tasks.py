@@ -235,8 +235,9 @@ def _of_hub(task: Task) -> list[Document]:
             loaded = datasets.load_dataset(path, config, split=split)
             found += [document | part for document in loaded]
     except (OSError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise AssayError(
-            f"--task {task.name}: cannot read {path} from the Hub ({error}); name a local file "
+            f"--task {task.name}: cannot read {path} from the Hub ({reason}); name a local file "
             f"of the same fields by --task-data."
         ) from None
     return found

@@ -45,7 +45,13 @@ def fetch(hub_id: str, *, weights: bool = True) -> Path:
             is no such model, or none for the public.
     """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     patterns = [*_SMALL, "model*.safetensors", "model.safetensors.index.json"]
     try:
@@ -57,8 +63,17 @@ def fetch(hub_id: str, *, weights: bool = True) -> Path:
             f"{hub_id}: is not in the cache, and the Hugging Face Hub cannot be reached from here; "
             f"give a folder or a .gguf file, or fetch it where there is a network."
         ) from None
+    except GatedRepoError:
+        raise AssayError(
+            f"{hub_id}: the Hugging Face Hub asks for its licence to be accepted first; do so on "
+            f"its page, and log in (hf auth login)."
+        ) from None
+    except RepositoryNotFoundError:
+        raise AssayError(
+            f"{hub_id}: the Hugging Face Hub has no such model, or it is not public."
+        ) from None
     except (HfHubHTTPError, HFValidationError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = str(error).strip().splitlines()[0].rstrip(".")
         raise AssayError(f"{hub_id}: the Hugging Face Hub does not give it ({reason}).") from None
     except OSError as error:
         raise AssayError(f"{hub_id}: cannot be fetched ({error}).") from None
