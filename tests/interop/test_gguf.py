@@ -12,7 +12,7 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as Type
 from tests.interop.test_convert import FAMILIES
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from assay.data import chat
 from assay.errors import AssayError
@@ -279,6 +279,11 @@ def test_models_against_transformers(family, tmp_path):
     result = convert(open_source(path), tmp_path / "hf", to="hf")
     assert result.max_logit_difference <= result.tolerance
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    theirs, own = AutoTokenizer.from_pretrained(tmp_path / "hf"), file.tokenizer()
+    for text in ("the th", "naïve 猫"):
+        assert theirs(text, add_special_tokens=False)["input_ids"] == own.encode(text).tolist()
+    said = [{"role": "user", "content": "x"}]
+    assert theirs.apply_chat_template(said, tokenize=False) == chat.conversation(own, said)
     tokens = np.arange(12)[None] % 260
     ours = from_named_parameters(spec, from_huggingface(state, spec, config["model_type"]))
     with torch.no_grad():

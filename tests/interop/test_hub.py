@@ -72,7 +72,6 @@ def test_all_that_comes_from_the_hub(root, tmp_path):
     # One process, for a start takes seconds: what is fetched, then what is not there.
     lines = [
         ["generate", model, "--prompt", "the cat", "--max-new-tokens", "3", "--json"],
-        ["convert", model, str(tmp_path / "mine"), "--json"],
         ["eval", model, "--task", "piqa", "--limit", "2", "--json"],
         ["eval", model, "--harness", "hellaswag,arc_easy", "--limit", "2", "--json"],
         ["data", "prepare", "hf:someone/stories:train:4", "--out", str(tmp_path / "tokens")],
@@ -80,7 +79,7 @@ def test_all_that_comes_from_the_hub(root, tmp_path):
         ["eval", model, "--task", "winogrande"],
         ["data", "prepare", "hf:someone/no-set", "--out", str(tmp_path / "other")],
     ]
-    lines[4] += ["--tokenizer", "byte", "--workers", "1", "--json"]
+    lines[3] += ["--tokenizer", "byte", "--workers", "1", "--json"]
     script, asked = tmp_path / "commands.py", tmp_path / "commands.json"
     script.write_text(COMMANDS)
     asked.write_text(json.dumps(lines))
@@ -105,16 +104,15 @@ def test_all_that_comes_from_the_hub(root, tmp_path):
         if line.startswith("answer ")
     ]
     assert len(answers) == len(lines), run.stderr
-    assert [status for status, *_ in answers] == [0] * 5 + [2] * 3, answers
-    generated, converted, task, harness, prepared = (json.loads(out) for _, out, _ in answers[:5])
+    assert [status for status, *_ in answers] == [0] * 4 + [2] * 3, answers
+    generated, task, harness, prepared = (json.loads(out) for _, out, _ in answers[:4])
     assert generated["prompt_tokens"] == 7
-    assert converted["max_logit_difference"] < 1e-4
     assert (task["task"], task["examples"]) == ("piqa", 2)
     assert harness["harness"].keys() == {"hellaswag", "arc_easy"}
     assert all(0 <= of["acc_norm,none"] <= 1 for of in harness["harness"].values())
     assert prepared["documents"] == 4
     assert prepared["bytes"] == sum(len(f"story {i}, naïve".encode()) for i in range(4))
-    for (_, _, err), what in zip(answers[5:], ("no-model", "winogrande", "no-set"), strict=True):
+    for (_, _, err), what in zip(answers[4:], ("no-model", "winogrande", "no-set"), strict=True):
         (sentence,) = [line for line in err.splitlines() if line]
         assert sentence.startswith("assay: "), err
         assert what in sentence
