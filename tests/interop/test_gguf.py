@@ -268,7 +268,7 @@ ITS_DEFAULTS = {
 
 
 @pytest.mark.parametrize("family", ITS_DEFAULTS)
-def test_models_against_transformers(family, tmp_path):
+def test_models_against_transformers(family, tmp_path, capsys):
     """Its own GGUF loader gives the logits that ours are compared with."""
     config, spec, state = example(family, **ITS_DEFAULTS[family])
     path = write(tmp_path / "x.gguf", config["model_type"], state, config)
@@ -276,8 +276,10 @@ def test_models_against_transformers(family, tmp_path):
     assert spec_of(path) == spec
     file = GgufFile(path)
     assert all(np.array_equal(file[name], state[name]) for name in state)
+    capsys.readouterr()
     result = convert(open_source(path), tmp_path / "hf", to="hf")
     assert result.max_logit_difference <= result.tolerance
+    assert "GGUF" not in capsys.readouterr().err  # no bar but the command's own
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
     theirs, own = AutoTokenizer.from_pretrained(tmp_path / "hf"), file.tokenizer()
     for text in ("the th", "naïve 猫"):

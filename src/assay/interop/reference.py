@@ -75,15 +75,16 @@ def _from_gguf(path: Path):
 
     if (file := GgufFile(path)).family in UNREAD or file.in_parts:
         return _of_tensors(file)
-    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+    from transformers import modeling_gguf_pytorch_utils as reading
 
+    reading.tqdm = lambda tensors, **options: tensors  # its bar is not the logging's
     config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
     if config.model_type == "t5":
         config = AutoConfig.for_model(**file.config())
     with no_init_weights():
         form = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         model = form.from_config(config)
-    state = load_gguf_checkpoint(path, return_tensors=True, model_to_load=model)["tensors"]
+    state = reading.load_gguf_checkpoint(path, return_tensors=True, model_to_load=model)["tensors"]
     found = model.load_state_dict(state, strict=False, assign=True)
     missing = set(found.missing_keys)
     model.tie_weights(missing_keys=missing)  # takes those out that it ties
