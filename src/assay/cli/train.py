@@ -104,6 +104,8 @@ def train(
     from assay.train.processes import LOST, LostProcessError, is_first, join
 
     join(coordinator, processes, process_id)
+    if not is_first():  # Gloo, in C++, says of every process that it is connected
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     from assay.api import train as run_training
     from assay.train.progress import default_reporter
