@@ -118,9 +118,9 @@ def test_remat_trades_memory_and_changes_nothing(run):
     )
     batch = batch_of(257)
     memory, gradients = {}, {}
-    for remat in ("none", "dots", "weights", "block"):
+    for remat in ("none", "dots", "weights", "offload", "block"):
         policy = run.at("compute.remat", remat)
-        memory[remat] = temporary(policy, seq_len=128)
+        memory[remat] = temporary(policy, seq_len=128)  # offloaded to itself: a CPU's is the host's
         gradients[remat] = objective_and_gradient(policy, batch, 0)[2]
     assert memory["block"] < memory["weights"] < memory["dots"] < memory["none"]
     for remat, gradient in gradients.items():

@@ -154,6 +154,8 @@ def _print(model: str, plan, others) -> None:
             f"${data['dollars_per_billion_tokens']:,.2f} a billion tokens at "
             f"${chip.price:.2f} a chip-hour (list price; --price sets yours)"
         )
+    elif chip.name != "cpu":
+        console.print(f"no list price of {chip.kind}: --price gives the cost")
     for axis, size in data["collective_bytes_per_step"].items():
         console.print(f"{axis} sends {size / 1e9:,.2f} GB a device and update")
     if data["compiler"]:
