@@ -1,4 +1,4 @@
-"""Products and attention by BLAS against plain autodiff: values, gradients, and transforms."""
+"""What is computed in C++ against plain autodiff: values, gradients, and transforms."""
 
 import os
 import subprocess
@@ -9,10 +9,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
 
 from assay.model import blas
 from assay.model.attention import attend, hide
-from assay.model.layers import product, use_cpu_kernels
+from assay.model.layers import (
+    activate,
+    glu,
+    glu_of,
+    normalise,
+    product,
+    use_cpu_kernels,
+)
 from assay.model.transformer import abstract
 from assay.spec.presets import PRESETS
 from assay.spec.run import ComputeSpec
@@ -172,12 +180,160 @@ def test_what_is_no_number_stays_so():
     assert not bool(jnp.any(jnp.isnan(jnp.delete(y, 3, axis=1))))
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("kv_heads", [1, 3])
+def test_attention_to_what_one_product_made(kv_heads, dtype):
+    qkv = normal(0, 2, 150, (3 + 2 * kv_heads) * 4, dtype=dtype)
+    bias = hide(jnp.asarray(places(150, window=20)))[None, None]
+
+    def apart(qkv):
+        q, k, v = jnp.split(qkv.reshape(2, 150, -1, 4), (3, 3 + kv_heads), axis=2)
+        return blas.attend(q, k, v, bias, 0.5, True, 20)
+
+    def together(qkv):
+        return blas.attend_together(qkv, bias, 3, 4, 0.5, True, 20)
+
+    assert_same(with_gradients(together, qkv), with_gradients(apart, qkv), rtol=0, atol=0)
+
+
+# ---------------------------------------------------------------------------- norms, activations
+
+
+@pytest.fixture
+def however_few(monkeypatch):
+    monkeypatch.setattr(blas, "FEW", 1)
+
+
+BOTH = (True, True)
+
+
+# The second is cut among threads, at rows that do not divide.
+@pytest.mark.usefixtures("however_few")
+@pytest.mark.parametrize("centred", [True, False])
+@pytest.mark.parametrize(
+    ("shape", "dtype", "vectors"),
+    [
+        ((2, 3, 5), jnp.float32, BOTH),
+        ((7, 11, 300), jnp.float32, BOTH),
+        ((7, 11, 300), jnp.float32, (True, False)),
+        ((4, 16), jnp.float32, (False, True)),
+        ((4, 16), jnp.float32, (False, False)),
+        ((7, 11, 300), jnp.bfloat16, BOTH),
+    ],
+    ids=str,
+)
+def test_norm(shape, dtype, vectors, centred):
+    x = normal(0, *shape, dtype=dtype) + 1
+    given = [normal(i, shape[-1]) for i in (1, 2) if vectors[i - 1]]
+
+    def norm(x, *given, cpu):
+        rest = iter(given)
+        scale, bias = (next(rest) if there else None for there in vectors)
+        return normalise(x, scale, bias, centred=centred, epsilon=1e-5, cpu=cpu)
+
+    assert names(partial(norm, cpu="blas"), x, *given)
+    found, wanted = (with_gradients(partial(norm, cpu=cpu), x, *given) for cpu in ("blas", False))
+    # Autodiff rounds a bfloat16's gradient in its middle too.
+    close = CLOSE if dtype == jnp.float32 else {"rtol": 2**-7, "atol": 2**-5}
+    assert_same(found, wanted, **close)
+
+
+@pytest.mark.usefixtures("however_few")
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS.keys())
+def test_norm_under_transforms(transform):
+    arrays = normal(0, 4, 6, 32), normal(1, 32), normal(2, 32)
+
+    def norm(cpu):
+        return lambda x, *given: normalise(x, *given, centred=True, epsilon=1e-5, cpu=cpu)
+
+    found, wanted = (with_gradients(transform(norm(cpu)), *arrays) for cpu in ("blas", False))
+    assert_same(found, wanted, **CLOSE)
+
+
+def exact_gelu(x):
+    below = scipy.special.ndtr(x)
+    return x * below, below + x * np.exp(-(x**2) / 2) / np.sqrt(2 * np.pi)
+
+
+def exact_gelu_tanh(x):
+    u, du = (np.sqrt(8 / np.pi) * y for y in (x + 0.044715 * x**3, 1 + 3 * 0.044715 * x**2))
+    s = scipy.special.expit(u)
+    return x * s, s + x * s * (1 - s) * du
+
+
+def exact_silu(x):
+    s = scipy.special.expit(x)
+    return x * s, s + x * s * (1 - s)
+
+
+EXACT = {"gelu": exact_gelu, "gelu_tanh": exact_gelu_tanh, "silu": exact_silu}
+
+
+@pytest.mark.usefixtures("however_few")
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [((7, 11, 300), jnp.float32), ((2, 2500), jnp.float32), ((7, 11, 300), jnp.bfloat16)],
+    ids=str,
+)
+@pytest.mark.parametrize("activation", blas.ACTIVATIONS)
+def test_activation(shape, dtype, activation):
+    x, up = (4 * normal(i, *shape, dtype=dtype) for i in range(2))
+    close = CLOSE if dtype == jnp.float32 else {"rtol": 2**-7, "atol": 1e-5}
+    one = partial(activate, activation=activation, cpu="blas")
+    two = partial(glu, activation=activation, cpu="blas")
+    assert names(one, x)
+    # JAX's float32 is less exact than what is tested.
+    x64, up64, g = (np.asarray(y, np.float64) for y in (x, up, normal(9, *shape, dtype=dtype)))
+    y, slope = EXACT[activation](x64)
+    of_one, of_two = (y, g * slope), (y * up64, g * up64 * slope, g * y)
+    for found, wanted in (
+        (with_gradients(one, x), of_one),
+        (with_gradients(two, x, up), of_two),
+    ):
+        assert_same(found, [y.astype(dtype) for y in wanted], **close)
+
+    both = jnp.concatenate([x, up], axis=-1)
+    found = with_gradients(partial(glu_of, activation=activation, cpu="blas"), both)
+    wanted = with_gradients(two, x, up)
+    assert_same(found, (wanted[0], jnp.concatenate(wanted[1:], axis=-1)), rtol=0, atol=0)
+
+
+@pytest.mark.usefixtures("however_few")
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS.keys())
+def test_activation_under_transforms(transform):
+    def function(cpu):
+        return lambda x, up: glu(activate(x, "gelu", cpu=cpu), up, "silu", cpu=cpu)
+
+    arrays = normal(0, 4, 6, 32), normal(1, 4, 6, 32)
+    found, wanted = (with_gradients(transform(function(cpu)), *arrays) for cpu in ("blas", False))
+    assert_same(found, wanted, **CLOSE)
+
+
+@pytest.mark.usefixtures("however_few")
+@pytest.mark.parametrize("activation", blas.ACTIVATIONS)
+def test_activation_of_what_is_large_or_no_number(activation):
+    x = jnp.array([[1e30, -1e30, 90.0, -90.0, 0.0, jnp.nan]])
+    found, wanted = (
+        with_gradients(partial(activate, activation=activation, cpu=cpu), x)
+        for cpu in ("blas", False)
+    )
+    np.testing.assert_array_equal(np.isnan(found[0]), np.isnan(wanted[0]))
+    assert_same([found[0][:, :5]], [wanted[0][:, :5]], **CLOSE)
+
+
+def test_of_few_entries_xla_makes_a_part_of_the_rest():
+    x = normal(0, 4, 8)
+    assert not names(partial(activate, activation="gelu", cpu="blas"), x)
+    assert not names(partial(normalise, centred=True, epsilon=1e-5, cpu="blas"), x)
+
+
 # ---------------------------------------------------------------------------- where it is used
 
 
 @pytest.mark.parametrize("how", [{}, {"scan_layers": True, "remat": "block"}], ids=str)
 @pytest.mark.parametrize("name", ["tiny-gpt", "baby-llama"])
-def test_an_update_is_that_of_plain_autodiff(name, how):
+def test_an_update_is_that_of_plain_autodiff(name, how, monkeypatch):
+    monkeypatch.setattr(blas, "FEW", 1)
     run = PRESETS[name].run.changed({"model.decoder.num_layers": 2, "model.vocab_size": 64})
     tokens = np.random.default_rng(0).integers(64, size=(2, 24), dtype=np.int32)
     batch = {"tokens": tokens, "targets": tokens[:, ::-1].copy()}
@@ -187,7 +343,7 @@ def test_an_update_is_that_of_plain_autodiff(name, how):
         step = make_step(changed, abstract(changed.model, changed.compute))
         text = jax.jit(step).lower(initial_state(changed), batch, np.float32(0)).as_text()
         _, metrics = jax.jit(step)(initial_state(changed), batch, np.float32(0))
-        return "assay_matmul" in text, metrics["loss"], metrics["grad_norm"]
+        return "assay_blas" in text, metrics["loss"], metrics["grad_norm"]
 
     (ours, *found), (plain, *wanted) = update("auto"), update("plain")
     assert (ours, plain) == (True, False)

@@ -24,6 +24,8 @@ from assay.model.layers import (
     activate,
     dropout,
     linears,
+    one_product,
+    side_by_side,
     use_cpu_kernels,
 )
 from assay.model.positions import alibi_bias, relative_bias, rope_tables, rotate
@@ -385,6 +387,8 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "b t d"], LayerCache | None]:
         """The output, and the cache with these tokens in it where one was given."""
         spec = self.spec
+        if cache is None and self._takes_together(x, geometry, key):
+            return self._out(self._together(x, geometry), x), None
         q, k, v = self._queries_keys_values(x)
         if self.value_embedding is not None:
             v = self.value_embedding(v, x, geometry.tokens)
@@ -418,6 +422,33 @@ class Attention(nnx.Module):
         # In one: a step of decoding is made of calls that take longer to begin than to end.
         both = rotate(jnp.concatenate([q, k], axis=2), cos, sin)
         return both[:, :, : q.shape[2]], both[:, :, q.shape[2] :]
+
+    def _takes_together(self, x, geometry: Geometry, key) -> bool:
+        """Whether queries, keys and values are attended to just as one product made them."""
+        spec = self.spec
+        untouched = spec.positions.kind not in ("rope", "alibi", "relative")
+        untouched = untouched and self.q_norm is None and self.value_embedding is None
+        plain = spec.softcap is None and (key is None or spec.dropout == 0.0)
+        if self.cpu != "blas" or not (untouched and plain) or self.qkv is not None:
+            return False
+        bias = geometry.bias(spec)
+        bias = bias.reshape((-1, 1, *bias.shape[-2:])) if bias.ndim != 4 else bias
+        attends = spec.heads > 1 and blas.attends(x.dtype, bias.shape)
+        return attends and one_product(x, self.q, self.k, self.v) and blas.usable()
+
+    def _together(self, x, geometry: Geometry) -> Float[Array, "b t h c"]:
+        bias = geometry.bias(self.spec)
+        bias = bias.reshape((-1, 1, *bias.shape[-2:])) if bias.ndim != 4 else bias
+        causal = geometry.in_order is not None and geometry.in_order.causal
+        return blas.attend_together(
+            side_by_side(x, self.q, self.k, self.v),
+            bias,
+            self.spec.heads,
+            self.width,
+            self.scale,
+            causal,
+            self.spec.window if causal else None,
+        )
 
     def is_plain(self) -> bool:
         """Whether a query sees all that lies before it, as it is: a mask that lengths say."""

@@ -1,6 +1,6 @@
-// Training's two heavy parts on a CPU, products with weights and attention, by a BLAS: SciPy's,
-// whose sgemm is given as a pointer. blas.py compiles this where there is a compiler, and says
-// what each call computes; without it XLA does the same.
+// Training's heavy parts on a CPU: products with weights and attention by a BLAS, whose sgemm is
+// given as a pointer; norms and activations, each in one pass over memory. blas.py compiles this
+// where there is a compiler, and says what each call computes; without it XLA does the same.
 //
 // All matrices are row-major, M rows, K summed, N columns. B batch, T queries, S keys, H heads,
 // G kv heads, C head width.
@@ -63,7 +63,7 @@ void Run(ffi::ThreadPool& pool, int64_t tasks, const F& f) {
   while (state->done.load(std::memory_order_acquire) < tasks) std::this_thread::yield();
 }
 
-// ---------------------------------------------------------------------------- entries
+// ---------------------------------------------------------------------------- calls' arrays
 
 struct Float32 {
   using Entry = float;
@@ -88,14 +88,33 @@ float* Scratch(int place, int64_t size) {
   return kept[place].data();
 }
 
-template <class D>
-const typename D::Entry* In(const ffi::AnyBuffer& x) {
-  return static_cast<const typename D::Entry*>(x.untyped_data());
-}
+// One call, as blas.py made it: arrays in and out, and how.
+struct Call {
+  ffi::ThreadPool& pool;
+  std::vector<ffi::AnyBuffer> in, out;
+  const ffi::Dictionary& how;
 
-template <class D>
-typename D::Entry* Out(ffi::Result<ffi::AnyBuffer>& x) {
-  return static_cast<typename D::Entry*>(x->untyped_data());
+  template <class T>
+  T Of(const char* name) const {
+    return how.get<T>(name).value();
+  }
+  template <class D>
+  const typename D::Entry* In(int i) const {
+    return static_cast<const typename D::Entry*>(in[i].untyped_data());
+  }
+  template <class D>
+  typename D::Entry* Out(int i) const {
+    return static_cast<typename D::Entry*>(out[i].untyped_data());
+  }
+};
+
+using Dimensions = ffi::Span<const int64_t>;
+
+// The product of all axes but the last `own`.
+int64_t Before(Dimensions axes, int own) {
+  int64_t many = 1;
+  for (size_t i = 0; i + own < axes.size(); ++i) many *= axes[i];
+  return many;
 }
 
 // Rows of a matrix as float32: where they lie, or a copy.
@@ -116,21 +135,20 @@ constexpr int64_t kPiece = 1 << 20;  // entries of a copied result: they stay in
 
 // op(a) op(b) for each of the leading axes of both, summed in float32.
 template <class D>
-ffi::Error Matmul(ffi::ThreadPool pool, ffi::AnyBuffer a, ffi::AnyBuffer b,
-                  ffi::Result<ffi::AnyBuffer> c, bool ta, bool tb) {
-  auto da = a.dimensions(), dc = c->dimensions();
+void Matmul(const Call& call) {
+  const bool ta = call.Of<bool>("ta"), tb = call.Of<bool>("tb");
+  auto da = call.in[0].dimensions(), dc = call.out[0].dimensions();
   const int64_t r = dc.size(), m = dc[r - 2], n = dc[r - 1], k = da[r - (ta ? 2 : 1)];
-  int64_t batch = 1;
-  for (int64_t i = 0; i + 2 < r; ++i) batch *= dc[i];
-  auto *pa = In<D>(a), *pb = In<D>(b);
-  auto* pc = Out<D>(c);
+  const int64_t batch = Before(dc, 2);
+  auto *pa = call.In<D>(0), *pb = call.In<D>(1);
+  auto* pc = call.Out<D>(0);
   // The longer side of c is cut, at whole registers; the other factor is read by every task.
   const bool rows = m >= n;
-  const int64_t side = rows ? m : n, threads = Threads(pool);
+  const int64_t side = rows ? m : n, threads = Threads(call.pool);
   int64_t cuts = double(m) * n * k < kAlone ? 1 : threads;
   if (!std::is_same_v<D, Float32>) cuts *= (m * n + kPiece * cuts - 1) / (kPiece * cuts);
   const int64_t cut = (side + cuts * 16 - 1) / (cuts * 16) * 16;
-  Run(pool, batch * cuts, [=](int64_t task) {
+  Run(call.pool, batch * cuts, [=](int64_t task) {
     const int64_t i = task / cuts, from = std::min(side, task % cuts * cut);
     const int64_t many = std::min(side, from + cut) - from;
     if (many == 0) return;
@@ -151,12 +169,9 @@ ffi::Error Matmul(ffi::ThreadPool pool, ffi::AnyBuffer a, ffi::AnyBuffer b,
         for (int64_t l = 0; l < nn; ++l) y[j * n + l] = D::Write(sums[j * nn + l]);
     }
   });
-  return ffi::Error::Success();
 }
 
-// ---------------------------------------------------------------------------- attention
-
-constexpr int kQueries = 128;  // at a time: their scores stay in the cache
+// ---------------------------------------------------------------------------- rows and entries
 
 // exp(x) to 2 units in the last place; 0 below -87, NaN of NaN.
 inline float Exp(float x) {
@@ -174,9 +189,245 @@ inline float Exp(float x) {
   return x < -87.f ? 0.f : p * two_to_n;
 }
 
+inline float Sigmoid(float x) {
+  const float e = Exp(x < 0.f ? x : -x);
+  return (x < 0.f ? e : 1.f) / (1.f + e);
+}
+
+// Eigen's and XLA's rational form, to 3 units in the last place.
+inline float Erf(float x) {
+  x = x < -4.f ? -4.f : x > 4.f ? 4.f : x;
+  const float s = x * x;
+  float p = -2.72614225801306e-10f, q = -1.45660718464996e-05f;
+  p = p * s + 2.77068142495902e-08f;
+  p = p * s - 2.10102402082508e-06f;
+  p = p * s - 5.69250639462346e-05f;
+  p = p * s - 7.34990630326855e-04f;
+  p = p * s - 2.95459980854025e-03f;
+  p = p * s - 1.60960333262415e-02f;
+  q = q * s - 2.13374055278905e-04f;
+  q = q * s - 1.68282697438203e-03f;
+  q = q * s - 7.37332916720468e-03f;
+  q = q * s - 1.42647390514189e-02f;
+  return x * p / q;
+}
+
+// Activations of a row of float32, and their derivatives.
+template <class F>
+inline void Each(int64_t n, const F& f) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) f(i);
+}
+
+enum Activation { kGelu, kGeluTanh, kSilu };  // as in blas.py
+
+void Values(int64_t kind, int64_t n, const float* __restrict x, float* __restrict y) {
+  if (kind == kGelu)  // arXiv:1606.08415
+    Each(n, [=](int64_t i) { y[i] = x[i] * (.5f + .5f * Erf(x[i] * .70710678118f)); });
+  if (kind == kGeluTanh)  // its approximation: (1 + tanh u) / 2 is the sigmoid of 2 u
+    Each(n, [=](int64_t i) {
+      y[i] = x[i] * Sigmoid(1.5957691216f * (x[i] + .044715f * x[i] * x[i] * x[i]));
+    });
+  if (kind == kSilu) Each(n, [=](int64_t i) { y[i] = x[i] * Sigmoid(x[i]); });
+}
+
+void ValuesAndSlopes(int64_t kind, int64_t n, const float* __restrict x, float* __restrict y,
+                     float* __restrict dy) {
+  if (kind == kGelu)
+    Each(n, [=](int64_t i) {
+      const float below = .5f + .5f * Erf(x[i] * .70710678118f);
+      y[i] = x[i] * below;
+      dy[i] = below + x[i] * .3989422804f * Exp(-.5f * x[i] * x[i]);
+    });
+  if (kind == kGeluTanh)
+    Each(n, [=](int64_t i) {
+      const float s = Sigmoid(1.5957691216f * (x[i] + .044715f * x[i] * x[i] * x[i]));
+      y[i] = x[i] * s;
+      dy[i] = s + y[i] * (1.f - s) * 1.5957691216f * (1.f + .134145f * x[i] * x[i]);
+    });
+  if (kind == kSilu)
+    Each(n, [=](int64_t i) {
+      const float s = Sigmoid(x[i]);
+      y[i] = x[i] * s;
+      dy[i] = s + y[i] * (1.f - s);
+    });
+}
+
+constexpr int64_t kFew = 1 << 14;  // entries: fewer take less time than another thread to come
+
+int64_t Parts(ffi::ThreadPool& pool, int64_t rows, int64_t width) {
+  return rows * width < kFew ? 1 : std::min(rows, 4 * Threads(pool));
+}
+
+// Where the rows of an activation lie: `up`, if any, multiplies act(x); it is the second array,
+// or, where that has no entries, the right half of x's rows.
+struct Gated {
+  int64_t rows, width, x_row, up_row, kind;
+  bool gated, apart;
+
+  Gated(const Call& call, Dimensions y)
+      : rows(Before(y, 1)), width(y.back()), x_row(call.in[0].dimensions().back()),
+        kind(call.Of<int64_t>("activation")), gated(call.Of<bool>("gated")),
+        apart(call.in[1].element_count()) {
+    up_row = apart ? width : x_row;
+  }
+};
+
+constexpr int64_t kPart = 1024;  // of a row at a time: it stays in the first cache
+
+// y = act(x), or act(x) up.
+template <class D>
+void Activate(const Call& call) {
+  const Gated d(call, call.out[0].dimensions());
+  const int64_t parts = Parts(call.pool, d.rows, d.width);
+  Run(call.pool, parts, [&](int64_t part) {
+    float z[kPart], a[kPart];
+    for (int64_t i = d.rows * part / parts; i < d.rows * (part + 1) / parts; ++i)
+      for (int64_t from = 0; from < d.width; from += kPart) {
+        const int64_t n = std::min(kPart, d.width - from);
+        auto* __restrict x = call.In<D>(0) + i * d.x_row + from;
+        auto* __restrict up = d.apart ? call.In<D>(1) + i * d.up_row + from : x + d.width;
+        auto* __restrict y = call.Out<D>(0) + i * d.width + from;
+        Each(n, [&](int64_t j) { z[j] = D::Read(x[j]); });
+        Values(d.kind, n, z, a);
+        if (d.gated) Each(n, [&](int64_t j) { y[j] = D::Write(a[j] * D::Read(up[j])); });
+        else Each(n, [&](int64_t j) { y[j] = D::Write(a[j]); });
+      }
+  });
+}
+
+template <class D>
+void ActivateBackward(const Call& call) {
+  const Gated d(call, call.in[2].dimensions());
+  const int64_t parts = Parts(call.pool, d.rows, d.width);
+  Run(call.pool, parts, [&](int64_t part) {
+    float z[kPart], a[kPart], da[kPart];
+    for (int64_t i = d.rows * part / parts; i < d.rows * (part + 1) / parts; ++i)
+      for (int64_t from = 0; from < d.width; from += kPart) {
+        const int64_t n = std::min(kPart, d.width - from);
+        auto* __restrict x = call.In<D>(0) + i * d.x_row + from;
+        auto* __restrict dx = call.Out<D>(0) + i * d.x_row + from;
+        auto* __restrict g = call.In<D>(2) + i * d.width + from;
+        auto* __restrict up = d.apart ? call.In<D>(1) + i * d.up_row + from : x + d.width;
+        auto* __restrict d_up = d.apart ? call.Out<D>(1) + i * d.up_row + from : dx + d.width;
+        Each(n, [&](int64_t j) { z[j] = D::Read(x[j]); });
+        ValuesAndSlopes(d.kind, n, z, a, da);
+        if (d.gated)
+          Each(n, [&](int64_t j) {
+            const float by_y = D::Read(g[j]);
+            dx[j] = D::Write(by_y * D::Read(up[j]) * da[j]);
+            d_up[j] = D::Write(by_y * a[j]);
+          });
+        else Each(n, [&](int64_t j) { dx[j] = D::Write(D::Read(g[j]) * da[j]); });
+      }
+  });
+}
+
+// A norm's scale or bias: `otherwise` where it has no entries; else a vector, or with more axes
+// before its own, one for each equal share of the rows.
+struct Vector {
+  std::vector<float> none;
+  const float* data;
+  int64_t rows, stride;  // of rows that each vector serves; from one vector to the next
+
+  Vector(const ffi::AnyBuffer& x, int64_t rows, int64_t width, float otherwise) {
+    const bool there = x.element_count();
+    if (!there) none.assign(width, otherwise);
+    data = there ? static_cast<const float*>(x.untyped_data()) : none.data();
+    this->rows = rows / Before(x.dimensions(), 1);
+    stride = there ? width : 0;
+  }
+  const float* operator()(int64_t row) const { return data + row / rows * stride; }
+};
+
+// LayerNorm (`centred`) or RMSNorm of each row; kept: its mean, 1 / its deviation.
+template <class D>
+void Norm(const Call& call) {
+  const int64_t width = call.in[0].dimensions().back(), rows = Before(call.in[0].dimensions(), 1);
+  const Vector scale(call.in[1], rows, width, 1), bias(call.in[2], rows, width, 0);
+  const bool centred = call.Of<bool>("centred");
+  const float epsilon = call.Of<float>("epsilon");
+  const int64_t parts = Parts(call.pool, rows, width);
+  Run(call.pool, parts, [&](int64_t part) {
+    for (int64_t i = rows * part / parts; i < rows * (part + 1) / parts; ++i) {
+      auto* __restrict x = call.In<D>(0) + i * width;
+      auto* __restrict y = call.Out<D>(0) + i * width;
+      const float *__restrict times = scale(i), *__restrict plus = bias(i);
+      float mean = 0, square = 0;
+      if (centred) {
+#pragma omp simd reduction(+ : mean)
+        for (int64_t j = 0; j < width; ++j) mean += D::Read(x[j]);
+        mean /= width;
+      }
+#pragma omp simd reduction(+ : square)
+      for (int64_t j = 0; j < width; ++j) {
+        const float z = D::Read(x[j]) - mean;
+        square += z * z;
+      }
+      const float rate = 1.f / std::sqrt(square / width + epsilon);
+      call.Out<Float32>(1)[2 * i] = mean;
+      call.Out<Float32>(1)[2 * i + 1] = rate;
+      Each(width, [&](int64_t j) {
+        y[j] = D::Write((D::Read(x[j]) - mean) * rate * times[j] + plus[j]);
+      });
+    }
+  });
+}
+
+template <class D>
+void NormBackward(const Call& call) {
+  const int64_t width = call.in[0].dimensions().back(), rows = Before(call.in[0].dimensions(), 1);
+  const Vector scale(call.in[1], rows, width, 1);
+  const bool centred = call.Of<bool>("centred");
+  // Each part of the rows that share a vector has its own sums for the gradients of vectors.
+  const int64_t vectors = rows / scale.rows, parts = Parts(call.pool, scale.rows, width);
+  std::vector<float> sums(vectors * parts * 2 * width);
+  Run(call.pool, vectors * parts, [&](int64_t part) {
+    float* __restrict by_scale = sums.data() + part * 2 * width;
+    float* __restrict by_bias = by_scale + width;
+    const int64_t first = part / parts * scale.rows;
+    const int64_t from = first + scale.rows * (part % parts) / parts;
+    const int64_t to = first + scale.rows * (part % parts + 1) / parts;
+    for (int64_t i = from; i < to; ++i) {
+      auto *__restrict x = call.In<D>(0) + i * width, *__restrict g = call.In<D>(3) + i * width;
+      auto* __restrict dx = call.Out<D>(0) + i * width;
+      const float mean = call.In<Float32>(2)[2 * i], rate = call.In<Float32>(2)[2 * i + 1];
+      const float* __restrict times = scale(i);
+      float along = 0, shift = 0;
+#pragma omp simd reduction(+ : along, shift)
+      for (int64_t j = 0; j < width; ++j) {
+        const float by_y = D::Read(g[j]), z = (D::Read(x[j]) - mean) * rate;
+        by_scale[j] += by_y * z;
+        by_bias[j] += by_y;
+        along += by_y * times[j] * z;
+        shift += by_y * times[j];
+      }
+      along /= width;
+      shift = centred ? shift / width : 0.f;
+      Each(width, [&](int64_t j) {
+        const float z = (D::Read(x[j]) - mean) * rate;
+        dx[j] = D::Write((D::Read(g[j]) * times[j] - shift - z * along) * rate);
+      });
+    }
+  });
+  for (int which : {0, 1}) {
+    if (call.out[1 + which].element_count() == 0) continue;
+    float* result = call.Out<Float32>(1 + which);
+    std::fill(result, result + vectors * width, 0.f);
+    for (int64_t part = 0; part < vectors * parts; ++part)
+      for (int64_t j = 0; j < width; ++j)
+        result[part / parts * width + j] += sums[(2 * part + which) * width + j];
+  }
+}
+
+// ---------------------------------------------------------------------------- attention
+
+constexpr int kQueries = 128;  // at a time: their scores stay in the cache
+
 struct Shape {
   int64_t batch, t, s, heads, kv_heads, c, bias_batch, bias_rows;
-  bool causal;
+  int64_t q_row, kv_row;  // entries from one token to the next
+  bool together, causal;
   int64_t window;
   float scale;
 
@@ -185,12 +436,6 @@ struct Shape {
   int64_t First(int64_t from) const { return causal ? std::max<int64_t>(0, from - window + 1) : 0; }
   int64_t Last(int64_t to) const { return causal ? std::min(s, to) : s; }
 };
-
-// One head of a row.
-template <class D>
-Matrix Head(const typename D::Entry* x, int64_t heads, int64_t c, int64_t rows, int place) {
-  return Rows<D>(x, heads * c, rows, c, place);
-}
 
 // scale q k^T + bias of queries `from` to `to`, over the keys `first` to `last`.
 void Scores(const Shape& d, Matrix q, Matrix k, const float* bias, int64_t b, int64_t from,
@@ -211,11 +456,11 @@ template <class D>
 void Forward(const Shape& d, const typename D::Entry* pq, const typename D::Entry* pk,
              const typename D::Entry* pv, const float* bias, typename D::Entry* py, float* kept,
              int64_t b, int64_t g) {
-  const int64_t wide = d.heads * d.c;
-  const Matrix k = Head<D>(pk + (b * d.s * d.kv_heads + g) * d.c, d.kv_heads, d.c, d.s, 0);
-  const Matrix v = Head<D>(pv + (b * d.s * d.kv_heads + g) * d.c, d.kv_heads, d.c, d.s, 1);
+  const int64_t wide = d.heads * d.c, kv = b * d.s * d.kv_row + g * d.c;
+  const Matrix k = Rows<D>(pk + kv, d.kv_row, d.s, d.c, 0);
+  const Matrix v = Rows<D>(pv + kv, d.kv_row, d.s, d.c, 1);
   for (int64_t h = g * d.Group(); h < (g + 1) * d.Group(); ++h) {
-    const Matrix q = Head<D>(pq + b * d.t * wide + h * d.c, d.heads, d.c, d.t, 2);
+    const Matrix q = Rows<D>(pq + b * d.t * d.q_row + h * d.c, d.q_row, d.t, d.c, 2);
     auto* y = py + b * d.t * wide + h * d.c;
     float* statistics = kept + (b * d.heads + h) * d.t * 2;
     for (int64_t from = 0; from < d.t; from += kQueries) {
@@ -250,17 +495,16 @@ void Backward(const Shape& d, const typename D::Entry* pq, const typename D::Ent
               const typename D::Entry* pv, const float* bias, const typename D::Entry* py,
               const float* kept, const typename D::Entry* pg, typename D::Entry* pdq,
               typename D::Entry* pdk, typename D::Entry* pdv, int64_t b, int64_t g) {
-  const int64_t wide = d.heads * d.c, narrow = d.kv_heads * d.c;
-  const int64_t kv = (b * d.s * d.kv_heads + g) * d.c;
-  const Matrix k = Head<D>(pk + kv, d.kv_heads, d.c, d.s, 0);
-  const Matrix v = Head<D>(pv + kv, d.kv_heads, d.c, d.s, 1);
+  const int64_t wide = d.heads * d.c, kv = b * d.s * d.kv_row + g * d.c;
+  const Matrix k = Rows<D>(pk + kv, d.kv_row, d.s, d.c, 0);
+  const Matrix v = Rows<D>(pv + kv, d.kv_row, d.s, d.c, 1);
   float* dk = Scratch(5, 2 * d.s * d.c);
   float* dv = dk + d.s * d.c;
   std::fill(dk, dk + 2 * d.s * d.c, 0.f);
   for (int64_t h = g * d.Group(); h < (g + 1) * d.Group(); ++h) {
-    const int64_t head = b * d.t * wide + h * d.c;
-    const Matrix q = Head<D>(pq + head, d.heads, d.c, d.t, 2);
-    const Matrix dy = Head<D>(pg + head, d.heads, d.c, d.t, 6);
+    const int64_t head = b * d.t * wide + h * d.c, query = b * d.t * d.q_row + h * d.c;
+    const Matrix q = Rows<D>(pq + query, d.q_row, d.t, d.c, 2);
+    const Matrix dy = Rows<D>(pg + head, wide, d.t, d.c, 6);
     const float* statistics = kept + (b * d.heads + h) * d.t * 2;
     for (int64_t from = 0; from < d.t; from += kQueries) {
       const int64_t to = std::min(d.t, from + kQueries), rows = to - from;
@@ -284,7 +528,7 @@ void Backward(const Shape& d, const typename D::Entry* pq, const typename D::Ent
           ds[j] = w[j] * (ds[j] - row);
         }
       }
-      const Matrix w{weights, int(n)}, ds{d_scores, int(n)};
+      const Matrix ds{d_scores, int(n)};
       Multiply(n, d.c, rows, {weights, int(n), true}, {dy.data + from * dy.stride, dy.stride},
                dv + first * d.c, d.c, 1, 1);
       Multiply(n, d.c, rows, {d_scores, int(n), true}, {q.data + from * q.stride, q.stride},
@@ -294,99 +538,103 @@ void Backward(const Shape& d, const typename D::Entry* pq, const typename D::Ent
       for (int64_t i = 0; i < rows; ++i)
 #pragma omp simd
         for (int64_t j = 0; j < d.c; ++j)
-          pdq[head + (from + i) * wide + j] = D::Write(dq[i * d.c + j]);
+          pdq[query + (from + i) * d.q_row + j] = D::Write(dq[i * d.c + j]);
     }
   }
   for (int64_t i = 0; i < d.s; ++i) {
 #pragma omp simd
     for (int64_t j = 0; j < d.c; ++j) {
-      pdk[kv + i * narrow + j] = D::Write(dk[i * d.c + j]);
-      pdv[kv + i * narrow + j] = D::Write(dv[i * d.c + j]);
+      pdk[kv + i * d.kv_row + j] = D::Write(dk[i * d.c + j]);
+      pdv[kv + i * d.kv_row + j] = D::Write(dv[i * d.c + j]);
     }
   }
 }
 
-// Axes before the last three are the batch; the bias is (B or fewer, 1, T or 1, S).
-Shape ShapeOf(const ffi::AnyBuffer& q, const ffi::AnyBuffer& k, const ffi::AnyBuffer& bias,
-              bool causal, int64_t window, float scale) {
-  auto dq = q.dimensions(), dk = k.dimensions(), db = bias.dimensions();
-  const int64_t r = dq.size();
-  Shape d{1, dq[r - 3], dk[r - 3], dq[r - 2], dk[r - 2], dq[r - 1], 1, db[r - 2], causal, window,
-          scale};
-  for (int64_t i = 0; i + 3 < r; ++i) {
-    d.batch *= dq[i];
-    d.bias_batch *= db[i];
+// The batch is all axes before the last three; the bias is (B or fewer, 1, T or 1, S). Queries,
+// keys and values are three arrays, or `together` in the rows of one.
+Shape ShapeOf(const Call& call, Dimensions y) {
+  const bool together = call.Of<bool>("together");
+  const int64_t r = y.size(), t = y[r - 3], h = y[r - 2], c = y[r - 1];
+  auto bias = call.in[together ? 1 : 3].dimensions(), k = call.in[together ? 0 : 1].dimensions();
+  const int64_t s = together ? t : k[r - 3];
+  const int64_t kv_heads = together ? (k.back() / c - h) / 2 : k[r - 2];
+  return {.batch = Before(y, 3), .t = t, .s = s, .heads = h, .kv_heads = kv_heads, .c = c,
+          .bias_batch = Before(bias, 3), .bias_rows = bias[r - 2],
+          .q_row = together ? k.back() : h * c, .kv_row = together ? k.back() : kv_heads * c,
+          .together = together, .causal = call.Of<bool>("causal"),
+          .window = call.Of<int64_t>("window"), .scale = call.Of<float>("scale")};
+}
+
+// Where keys and values begin, of arrays that begin with the queries'.
+template <class D>
+struct Heads {
+  typename D::Entry *q, *k, *v;
+
+  Heads(const std::vector<ffi::AnyBuffer>& x, const Shape& d) {
+    auto at = [&](int i) { return static_cast<typename D::Entry*>(x[i].untyped_data()); };
+    q = at(0);
+    k = d.together ? q + d.heads * d.c : at(1);
+    v = d.together ? k + d.kv_heads * d.c : at(2);
   }
-  return d;
+};
+
+template <class D>
+void Attend(const Call& call) {
+  const Shape d = ShapeOf(call, call.out[0].dimensions());
+  const Heads<D> x(call.in, d);
+  auto* bias = call.In<Float32>(d.together ? 1 : 3);
+  Run(call.pool, d.batch * d.kv_heads, [&](int64_t i) {
+    Forward<D>(d, x.q, x.k, x.v, bias, call.Out<D>(0), call.Out<Float32>(1), i / d.kv_heads,
+               i % d.kv_heads);
+  });
 }
 
 template <class D>
-ffi::Error Attend(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v,
-                  ffi::AnyBuffer bias, ffi::Result<ffi::AnyBuffer> y,
-                  ffi::Result<ffi::AnyBuffer> kept, bool causal, int64_t window, float scale) {
-  const Shape d = ShapeOf(q, k, bias, causal, window, scale);
-  Run(pool, d.batch * d.kv_heads, [&](int64_t i) {
-    Forward<D>(d, In<D>(q), In<D>(k), In<D>(v), In<Float32>(bias), Out<D>(y), Out<Float32>(kept),
-               i / d.kv_heads, i % d.kv_heads);
+void AttendBackward(const Call& call) {
+  const int n = call.in.size();  // the last: bias, y, kept, g
+  const Shape d = ShapeOf(call, call.in[n - 3].dimensions());
+  const Heads<D> x(call.in, d), dx(call.out, d);
+  Run(call.pool, d.batch * d.kv_heads, [&](int64_t i) {
+    Backward<D>(d, x.q, x.k, x.v, call.In<Float32>(n - 4), call.In<D>(n - 3),
+                call.In<Float32>(n - 2), call.In<D>(n - 1), dx.q, dx.k, dx.v, i / d.kv_heads,
+                i % d.kv_heads);
   });
-  return ffi::Error::Success();
 }
 
+// ---------------------------------------------------------------------------- the handler
+
 template <class D>
-ffi::Error AttendBackward(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k,
-                          ffi::AnyBuffer v, ffi::AnyBuffer bias, ffi::AnyBuffer y,
-                          ffi::AnyBuffer kept, ffi::AnyBuffer g, ffi::Result<ffi::AnyBuffer> dq,
-                          ffi::Result<ffi::AnyBuffer> dk, ffi::Result<ffi::AnyBuffer> dv,
-                          bool causal, int64_t window, float scale) {
-  const Shape d = ShapeOf(q, k, bias, causal, window, scale);
-  Run(pool, d.batch * d.kv_heads, [&](int64_t i) {
-    Backward<D>(d, In<D>(q), In<D>(k), In<D>(v), In<Float32>(bias), In<D>(y), In<Float32>(kept),
-                In<D>(g), Out<D>(dq), Out<D>(dk), Out<D>(dv), i / d.kv_heads, i % d.kv_heads);
-  });
-  return ffi::Error::Success();
+bool Made(const Call& call, std::string_view what) {
+  if (what == "matmul") Matmul<D>(call);
+  else if (what == "activate") Activate<D>(call);
+  else if (what == "activate_backward") ActivateBackward<D>(call);
+  else if (what == "norm") Norm<D>(call);
+  else if (what == "norm_backward") NormBackward<D>(call);
+  else if (what == "attend") Attend<D>(call);
+  else if (what == "attend_backward") AttendBackward<D>(call);
+  else return false;
+  return true;
+}
+
+// One handler of all calls: each of its own would take as long to compile as what it calls.
+ffi::Error Make(ffi::ThreadPool pool, ffi::RemainingArgs in, ffi::RemainingRets out,
+                ffi::Dictionary how) {
+  Call call{pool, {}, {}, how};
+  for (size_t i = 0; i < in.size(); ++i) call.in.push_back(in.get<ffi::AnyBuffer>(i).value());
+  for (size_t i = 0; i < out.size(); ++i) call.out.push_back(*out.get<ffi::AnyBuffer>(i).value());
+  auto what = how.get<std::string_view>("what").value();
+  const bool made = call.in[0].element_type() == ffi::DataType::BF16 ? Made<Bfloat16>(call, what)
+                                                                     : Made<Float32>(call, what);
+  return made ? ffi::Error::Success() : ffi::Error::InvalidArgument(std::string(what));
 }
 
 }  // namespace
 
 extern "C" void set_sgemm(void* function) { sgemm = reinterpret_cast<Sgemm>(function); }
 
-#define CALLS(NAME, DTYPE)                                     \
-  XLA_FFI_DEFINE_HANDLER_SYMBOL(matmul_##NAME, Matmul<DTYPE>,  \
-                                ffi::Ffi::Bind()               \
-                                    .Ctx<ffi::ThreadPool>()    \
-                                    .Arg<ffi::AnyBuffer>()     \
-                                    .Arg<ffi::AnyBuffer>()     \
-                                    .Ret<ffi::AnyBuffer>()     \
-                                    .Attr<bool>("ta")          \
-                                    .Attr<bool>("tb"));        \
-  XLA_FFI_DEFINE_HANDLER_SYMBOL(attend_##NAME, Attend<DTYPE>,  \
-                                ffi::Ffi::Bind()               \
-                                    .Ctx<ffi::ThreadPool>()    \
-                                    .Arg<ffi::AnyBuffer>()     \
-                                    .Arg<ffi::AnyBuffer>()     \
-                                    .Arg<ffi::AnyBuffer>()     \
-                                    .Arg<ffi::AnyBuffer>()     \
-                                    .Ret<ffi::AnyBuffer>()     \
-                                    .Ret<ffi::AnyBuffer>()     \
-                                    .Attr<bool>("causal")      \
-                                    .Attr<int64_t>("window")   \
-                                    .Attr<float>("scale"));    \
-  XLA_FFI_DEFINE_HANDLER_SYMBOL(attend_backward_##NAME, AttendBackward<DTYPE>, \
-                                ffi::Ffi::Bind()               \
-                                    .Ctx<ffi::ThreadPool>()    \
-                                    .Arg<ffi::AnyBuffer>()     \
-                                    .Arg<ffi::AnyBuffer>()     \
-                                    .Arg<ffi::AnyBuffer>()     \
-                                    .Arg<ffi::AnyBuffer>()     \
-                                    .Arg<ffi::AnyBuffer>()     \
-                                    .Arg<ffi::AnyBuffer>()     \
-                                    .Arg<ffi::AnyBuffer>()     \
-                                    .Ret<ffi::AnyBuffer>()     \
-                                    .Ret<ffi::AnyBuffer>()     \
-                                    .Ret<ffi::AnyBuffer>()     \
-                                    .Attr<bool>("causal")      \
-                                    .Attr<int64_t>("window")   \
-                                    .Attr<float>("scale"))
-
-CALLS(float32, Float32);
-CALLS(bfloat16, Bfloat16);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(make, Make,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .RemainingArgs()
+                                  .RemainingRets()
+                                  .Attrs());

@@ -1,11 +1,12 @@
-"""Training's products and attention by SciPy's BLAS (`blas.cc`), where there is a compiler.
+"""Training's heavy parts in C++ (`blas.cc`) around SciPy's BLAS, where there is a compiler.
 
 XLA's CPU products are as fast as any for large matrices on some processors, and slower than
 OpenBLAS on others; its attention lays queries, keys and values out anew and computes what a causal
-mask then hides. Where a C++ compiler is at hand, `blas.cc` is compiled once (seconds) into the
-cache folder and called through JAX's FFI: products in float32 by SciPy's own OpenBLAS, and
-attention in blocks whose scores stay in the processor's cache (arXiv:2205.14135). Elsewhere, on a
-mesh, and with `ASSAY_NATIVE=0`, XLA computes the same. docs/performance.md has the figures of both.
+mask then hides; norms and activations pass over memory several times. Where a C++ compiler is at
+hand, `blas.cc` is compiled once (seconds) into the cache folder and called through JAX's FFI:
+products in float32 by SciPy's own OpenBLAS, attention in blocks whose scores stay in the
+processor's cache (arXiv:2205.14135), norms and activations in one pass. Elsewhere, on a mesh, and
+with `ASSAY_NATIVE=0`, XLA computes the same. docs/performance.md has the figures of both.
 
 Axes: B batch, T queries, S keys, H heads, G kv heads, C head width; M rows, K summed, N columns.
 """
@@ -21,14 +22,8 @@ from jaxtyping import Array, Float, Float32
 
 from assay.model.compiled import NotCompiledError, library, processor_features, processor_is
 
-CALLS = (
-    "matmul_float32",
-    "matmul_bfloat16",
-    "attend_float32",
-    "attend_bfloat16",
-    "attend_backward_float32",
-    "attend_backward_bfloat16",
-)
+TYPES = (jnp.float32, jnp.bfloat16)
+ACTIVATIONS = ("gelu", "gelu_tanh", "silu")  # in the order of blas.cc
 
 
 @lru_cache(maxsize=1)
@@ -39,9 +34,7 @@ def build() -> tuple[bool, str]:
         compiled = library("blas")
         compiled.set_sgemm.argtypes = [ctypes.c_void_p]
         compiled.set_sgemm(sgemm)
-        for call in CALLS:
-            function = jax.ffi.pycapsule(getattr(compiled, call))
-            jax.ffi.register_ffi_target(f"assay_{call}", function, platform="cpu")
+        jax.ffi.register_ffi_target("assay_blas", jax.ffi.pycapsule(compiled.make), platform="cpu")
     except NotCompiledError as error:
         return False, f"XLA computes products and attention: {error}"
     return True, "SciPy's OpenBLAS computes products and attention."
@@ -102,7 +95,7 @@ def matmul(
     """op(a) op(b), each turned where its flag says so: (M, K) x (K, N), summed in float32."""
     rows, columns = a.shape[1 if ta else 0], b.shape[0 if tb else 1]
     result = jax.ShapeDtypeStruct((rows, columns), a.dtype)
-    return _call(f"matmul_{a.dtype.name}", result)(a, b, ta=ta, tb=tb)
+    return _call("matmul", result, a, b, ta=ta, tb=tb)
 
 
 # ---------------------------------------------------------------------------- attention
@@ -110,7 +103,7 @@ def matmul(
 
 def attends(dtype: jnp.dtype, bias: tuple[int, ...]) -> bool:
     """Whether `attend` takes this type and a bias of this shape: the same for all heads."""
-    return dtype in (jnp.float32, jnp.bfloat16) and bias[1] == 1
+    return dtype in TYPES and bias[1] == 1
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
@@ -137,19 +130,51 @@ def _attend_forward(q, k, v, bias, scale, causal, window):
         jax.ShapeDtypeStruct((b, h, t, 2), jnp.float32),  # the largest score; 1 / sum of exp
     )
     how = _how(scale, causal, window)
-    y, kept = _call(f"attend_{q.dtype.name}", results)(q, k, v, bias, **how)
+    y, kept = _call("attend", results, q, k, v, bias, **how, together=False)
     return y, (q, k, v, bias, y, kept)
 
 
 def _attend_backward(scale, causal, window, saved, g):
-    q, k, v, bias, y, kept = saved
-    results = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v)]
-    call = _call(f"attend_backward_{q.dtype.name}", results)
-    gradients = call(q, k, v, bias, y, kept, g, **_how(scale, causal, window))
-    return (*gradients, None)
+    results = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in saved[:3]]
+    how = _how(scale, causal, window)
+    return (*_call("attend_backward", results, *saved, g, **how, together=False), None)
 
 
 attend.defvjp(_attend_forward, _attend_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5, 6))
+def attend_together(
+    qkv: Float[Array, "b t n"],
+    bias: Float32[Array, "#b 1 #t t"],
+    heads: int,
+    width: int,
+    scale: float,
+    causal: bool = False,
+    window: int | None = None,
+) -> Float[Array, "b t h c"]:
+    """`attend` of queries, keys and values that lie side by side, as one product made them."""
+    return _attend_together_forward(qkv, bias, heads, width, scale, causal, window)[0]
+
+
+def _attend_together_forward(qkv, bias, heads, width, scale, causal, window):
+    b, t, _ = qkv.shape
+    results = (
+        jax.ShapeDtypeStruct((b, t, heads, width), qkv.dtype),
+        jax.ShapeDtypeStruct((b, heads, t, 2), jnp.float32),
+    )
+    how = _how(scale, causal, window)
+    y, kept = _call("attend", results, qkv, bias, **how, together=True)
+    return y, (qkv, bias, y, kept)
+
+
+def _attend_together_backward(heads, width, scale, causal, window, saved, g):
+    result = jax.ShapeDtypeStruct(saved[0].shape, saved[0].dtype)
+    how = _how(scale, causal, window)
+    return _call("attend_backward", result, *saved, g, **how, together=True), None
+
+
+attend_together.defvjp(_attend_together_forward, _attend_together_backward)
 
 
 def _how(scale, causal, window):
@@ -157,6 +182,84 @@ def _how(scale, causal, window):
     return {"scale": np.float32(scale), "causal": causal, "window": np.int64(most)}
 
 
-def _call(name: str, results):
+# ---------------------------------------------------------------------------- norms, activations
+
+
+FEW = 1 << 14
+"""Entries: of fewer, XLA makes a part of what it computes around them, for nothing."""
+
+
+def pays(x: Array) -> bool:
+    """Whether an operation on each entry of x is worth a call."""
+    return x.dtype in TYPES and x.size >= FEW and usable()
+
+
+def _or_none(vector: Array | None) -> Array:
+    """What stands for no array in a call: one without entries."""
+    return jnp.zeros((0,), jnp.float32) if vector is None else vector
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def normalise(
+    x: Float[Array, "*b d"],
+    scale: Float32[Array, "d"] | None,
+    bias: Float32[Array, "d"] | None,
+    centred: bool,
+    epsilon: float,
+) -> Float[Array, "*b d"]:
+    """LayerNorm (`centred`) or RMSNorm of the last axis, in float32 and back."""
+    return _normalise_forward(x, scale, bias, centred, epsilon)[0]
+
+
+def _normalise_forward(x, scale, bias, centred, epsilon):
+    results = (
+        jax.ShapeDtypeStruct(x.shape, x.dtype),
+        jax.ShapeDtypeStruct((*x.shape[:-1], 2), jnp.float32),  # mean; 1 / deviation
+    )
+    how = {"centred": centred, "epsilon": np.float32(epsilon)}
+    y, kept = _call("norm", results, x, _or_none(scale), _or_none(bias), **how)
+    return y, (x, scale, bias, kept)
+
+
+def _normalise_backward(centred, epsilon, saved, g):
+    x, scale, bias, kept = saved
+    vectors = [_or_none(scale), _or_none(bias)]
+    results = [jax.ShapeDtypeStruct(y.shape, y.dtype) for y in (x, *vectors)]
+    arrays = (x, vectors[0], kept, g)
+    dx, d_scale, d_bias = _call("norm_backward", results, *arrays, centred=centred)
+    return dx, None if scale is None else d_scale, None if bias is None else d_bias
+
+
+normalise.defvjp(_normalise_forward, _normalise_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def activate(
+    x: Float[Array, "*b n"], up: Float[Array, "*b f"] | None, activation: str, gated: bool = False
+) -> Float[Array, "*b f"]:
+    """act(x); `gated` act(x) up, or act(gate) up of a x with both side by side and no `up`."""
+    return _activate_forward(x, up, activation, gated)[0]
+
+
+def _activate_forward(x, up, activation, gated):
+    width = x.shape[-1] // (2 if gated and up is None else 1)
+    result = jax.ShapeDtypeStruct((*x.shape[:-1], width), x.dtype)
+    how = {"activation": np.int64(ACTIVATIONS.index(activation)), "gated": gated}
+    return _call("activate", result, x, _or_none(up), **how), (x, up)
+
+
+def _activate_backward(activation, gated, saved, g):
+    x, up = saved[0], _or_none(saved[1])
+    results = [jax.ShapeDtypeStruct(y.shape, y.dtype) for y in (x, up)]
+    how = {"activation": np.int64(ACTIVATIONS.index(activation)), "gated": gated}
+    dx, d_up = _call("activate_backward", results, x, up, g, **how)
+    return dx, None if saved[1] is None else d_up
+
+
+activate.defvjp(_activate_forward, _activate_backward)
+
+
+def _call(what: str, results, *arrays: Array, **how):
     # Every call takes more axes before its own, and all operands then have them.
-    return jax.ffi.ffi_call(f"assay_{name}", results, vmap_method="broadcast_all")
+    call = jax.ffi.ffi_call("assay_blas", results, vmap_method="broadcast_all")
+    return call(*arrays, what=what, **how)

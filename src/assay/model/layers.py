@@ -146,20 +146,30 @@ MANY_ROWS = 128
 
 
 def linears(x: Float[Array, "*b k"], *layers: Linear) -> tuple[Float[Array, "*b n"], ...]:
-    """What each layer makes of the same x: (..., K) -> (..., N) of each.
+    """What each layer makes of the same x: (..., K) -> (..., N) of each."""
+    if not one_product(x, *layers):
+        return tuple(layer(x) for layer in layers)
+    widths = np.cumsum([layer.w.shape[1] for layer in layers])
+    return tuple(jnp.split(side_by_side(x, *layers), widths[:-1].tolist(), axis=-1))
 
-    On one CPU a single product, its backward pass too: one larger product is faster than
-    several, x is laid out for it once, and its gradients need no sum.
+
+def one_product(x: Float[Array, "*b k"], *layers: Linear) -> bool:
+    """Whether these layers are faster as one.
+
+    On one CPU they are, their backward pass too: one larger product is faster than several, x is
+    laid out for it once, and its gradients need no sum.
     """
     alone = jax.sharding.get_abstract_mesh().empty
-    if not layers[0].cpu or not alone or math.prod(x.shape[:-1]) < MANY_ROWS:
-        return tuple(layer(x) for layer in layers)
+    return bool(layers[0].cpu) and alone and math.prod(x.shape[:-1]) >= MANY_ROWS
+
+
+def side_by_side(x: Float[Array, "*b k"], *layers: Linear) -> Float[Array, "*b n"]:
+    """What each layer makes of the same x, in one array along the last axis, by one product."""
     w = jnp.concatenate([layer.w[...].astype(x.dtype) for layer in layers], axis=1)
     b = None
     if layers[0].b is not None:
         b = jnp.concatenate([layer.b[...] for layer in layers])
-    widths = np.cumsum([layer.w.shape[1] for layer in layers])
-    return tuple(jnp.split(linear(x, w, b, cpu=layers[0].cpu), widths[:-1].tolist(), axis=-1))
+    return linear(x, w, b, cpu=layers[0].cpu)
 
 
 # ---------------------------------------------------------------------------- activations
@@ -189,7 +199,13 @@ CPU_ACTIVATIONS = ACTIVATIONS | {"gelu": _gelu_by_erf}
 
 def activate(x: Float[Array, "..."], activation: Activation, *, cpu=False) -> Float[Array, "..."]:
     """The activation and its derivative, both in float32, rounded once at the end."""
+    if _by_blas(x, activation, cpu):
+        return blas.activate(x, None, activation)
     return _cpu_activate(x, activation) if cpu else _rounded(ACTIVATIONS[activation], x)
+
+
+def _by_blas(x, activation, cpu: CpuKernels) -> bool:
+    return cpu == "blas" and activation in blas.ACTIVATIONS and blas.pays(x)
 
 
 def _rounded(function, x):
@@ -216,9 +232,19 @@ _cpu_activate.defvjp(_cpu_activate_forward, _cpu_activate_backward)
 
 def glu(gate: Float[Array, "*b f"], up: Float[Array, "*b f"], activation: Activation, *, cpu=False):
     """activation(gate) * up (arXiv:2002.05202), in their dtype."""
+    if _by_blas(gate, activation, cpu):
+        return blas.activate(gate, up, activation, True)
     if cpu:
         return _cpu_glu(gate, up, activation)
     return activate(gate, activation) * up
+
+
+def glu_of(gate_up: Float[Array, "*b n"], activation: Activation, *, cpu=False):
+    """`glu` of a gate and what it lets through that lie side by side: (..., 2 F) -> (..., F)."""
+    if _by_blas(gate_up, activation, cpu):
+        return blas.activate(gate_up, None, activation, True)
+    gate, up = jnp.split(gate_up, 2, axis=-1)
+    return glu(gate, up, activation, cpu=cpu)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -254,6 +280,9 @@ def normalise(
     cpu: CpuKernels = False,
 ) -> Float[Array, "*b d"]:
     """LayerNorm (`centred`) or RMSNorm of the last axis, in float32 and back."""
+    if cpu == "blas" and blas.pays(x):
+        scale, bias = (v if v is None else v.astype(jnp.float32) for v in (scale, bias))
+        return blas.normalise(x, scale, bias, centred, epsilon)
     if cpu:
         return _cpu_normalise(x, scale, bias, centred, epsilon)
     y = x.astype(jnp.float32)
@@ -385,7 +414,10 @@ class Mlp(nnx.Module):
             gate, up = jnp.split(self.gate_up(x), 2, axis=-1)
             return self.down(activate(gate, self.activation, cpu=self.cpu) * up)
         if self.gate is not None:
-            gate, up = linears(x, self.gate, self.up[0])
+            if one_product(x, self.gate, self.up[0]):
+                gate_up = side_by_side(x, self.gate, self.up[0])
+                return self.down(glu_of(gate_up, self.activation, cpu=self.cpu))
+            gate, up = self.gate(x), self.up[0](x)
             return self.down(glu(gate, up, self.activation, cpu=self.cpu))
         for up in self.up:
             x = activate(up(x), self.activation, cpu=self.cpu)
