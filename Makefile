@@ -9,7 +9,7 @@ UV      := .uv/uv
 WORKERS ?= auto
 
 # Everything that goes together on any platform; cuda and tpu are for the machine that has one.
-EXTRAS := data track lab plan ray harness
+EXTRAS := data track lab plan ray harness mkl
 GROUPS := test lint parity
 DEVICE_EXTRAS := cuda tpu
 

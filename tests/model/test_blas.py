@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.special
+import torch
 
 from assay.model import blas
 from assay.model.attention import attend, hide
@@ -87,6 +88,25 @@ def test_product(transform, transposed):
     assert names(partial(layer, cpu="blas"), x, w)
     found = with_gradients(transform(partial(layer, cpu="blas")), x, w)
     assert_same(found, with_gradients(transform(layer), x, w), **CLOSE)
+
+
+@pytest.mark.parametrize("vendor", ["GenuineIntel", "AuthenticAMD"])
+def test_a_blas_for_each_vendor(vendor):
+    """Each in a process of its own; whichever it is, PyTorch keeps its threads."""
+    code = f"""
+from assay.model import compiled
+compiled.processor_is = {vendor!r}.__eq__
+from assay.model import blas
+print(blas.build())
+import jax.numpy as jnp, numpy as np, torch
+a, b = (np.random.default_rng(i).normal(size=(64, 64)).astype(np.float32) for i in range(2))
+np.testing.assert_allclose(blas.matmul(jnp.asarray(a), jnp.asarray(b)), a @ b, rtol=1e-4, atol=1e-4)
+assert torch.get_num_threads() == {torch.get_num_threads()}
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    whose = {"GenuineIntel": "Intel's MKL", "AuthenticAMD": "SciPy's OpenBLAS"}[vendor]
+    assert whose in done.stdout
 
 
 def test_bfloat16_is_multiplied_where_that_is_not_slower(monkeypatch):
@@ -369,4 +389,4 @@ def test_without_a_compiler_xla_does_it(tmp_path):
             capture_output=True,
             text=True,
         )
-        assert done.stdout.startswith("False XLA computes products and attention: ")
+        assert done.stdout.startswith("False XLA computes all of training: ")

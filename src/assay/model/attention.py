@@ -76,6 +76,11 @@ def hide(mask: Bool[Array, "..."]) -> Float32[Array, "..."]:
     return jnp.where(mask, 0.0, HIDDEN).astype(jnp.float32)
 
 
+def four_axes(bias: Float32[Array, "*b t s"]) -> Float32[Array, "b h t s"]:
+    """A bias with an axis of the batch and one of heads, each of them 1 where it had none."""
+    return bias if bias.ndim == 4 else bias.reshape((-1, 1, *bias.shape[-2:]))
+
+
 def geometry(
     attentions: Iterable[AttentionSpec],
     d_model: int,
@@ -151,8 +156,7 @@ def attend(
     it out.
     """
     b, t, h, c = q.shape
-    if bias.ndim != 4:
-        bias = bias.reshape((-1, 1, *bias.shape[-2:]))
+    bias = four_axes(bias)
     groups = h // k.shape[2]
     if cpu and softcap is None and (key is None or dropout_rate == 0.0) and t > 1:
         # A bias of one head may be a trained table's, and BLAS has no gradient for it.
@@ -387,8 +391,10 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "b t d"], LayerCache | None]:
         """The output, and the cache with these tokens in it where one was given."""
         spec = self.spec
-        if cache is None and self._takes_together(x, geometry, key):
-            return self._out(self._together(x, geometry), x), None
+        bias = four_axes(geometry.bias(spec))
+        causal = geometry.in_order is not None and geometry.in_order.causal
+        if cache is None and self._takes_together(x, bias, key):
+            return self._out(self._together(x, bias, causal), x), None
         q, k, v = self._queries_keys_values(x)
         if self.value_embedding is not None:
             v = self.value_embedding(v, x, geometry.tokens)
@@ -412,8 +418,7 @@ class Attention(nnx.Module):
                 softcap=spec.softcap,
             )
         else:
-            causal = geometry.in_order is not None and geometry.in_order.causal
-            y = self._attend(q, k, v, geometry.bias(spec), key, causal=causal, window=spec.window)
+            y = self._attend(q, k, v, bias, key, causal=causal, window=spec.window)
         return self._out(y, x), cache
 
     def _rotated(self, q, k, cos, sin) -> tuple[Array, Array]:
@@ -423,23 +428,18 @@ class Attention(nnx.Module):
         both = rotate(jnp.concatenate([q, k], axis=2), cos, sin)
         return both[:, :, : q.shape[2]], both[:, :, q.shape[2] :]
 
-    def _takes_together(self, x, geometry: Geometry, key) -> bool:
+    def _takes_together(self, x, bias: Float32[Array, "#b h #t s"], key) -> bool:
         """Whether queries, keys and values are attended to just as one product made them."""
         spec = self.spec
-        untouched = spec.positions.kind not in ("rope", "alibi", "relative")
-        untouched = untouched and self.q_norm is None and self.value_embedding is None
-        plain = spec.softcap is None and (key is None or spec.dropout == 0.0)
-        if self.cpu != "blas" or not (untouched and plain) or self.qkv is not None:
+        rotated = spec.positions.kind == "rope"
+        changed = rotated or self.q_norm is not None or self.value_embedding is not None
+        drops = key is not None and spec.dropout > 0.0
+        if self.cpu != "blas" or self.qkv is not None or changed or drops or spec.softcap:
             return False
-        bias = geometry.bias(spec)
-        bias = bias.reshape((-1, 1, *bias.shape[-2:])) if bias.ndim != 4 else bias
-        attends = spec.heads > 1 and blas.attends(x.dtype, bias.shape)
-        return attends and one_product(x, self.q, self.k, self.v) and blas.usable()
+        attends = spec.heads > 1 and blas.attends(x.dtype, bias.shape) and blas.usable()
+        return attends and one_product(x, self.q, self.k, self.v)
 
-    def _together(self, x, geometry: Geometry) -> Float[Array, "b t h c"]:
-        bias = geometry.bias(self.spec)
-        bias = bias.reshape((-1, 1, *bias.shape[-2:])) if bias.ndim != 4 else bias
-        causal = geometry.in_order is not None and geometry.in_order.causal
+    def _together(self, x, bias: Float32[Array, "#b 1 #t s"], causal: bool):
         return blas.attend_together(
             side_by_side(x, self.q, self.k, self.v),
             bias,

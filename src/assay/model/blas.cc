@@ -1,5 +1,5 @@
-// Training's heavy parts on a CPU: products with weights and attention by a BLAS, whose sgemm is
-// given as a pointer; norms and activations, each in one pass over memory. blas.py compiles this
+// Training's heavy parts on a CPU: products with weights and attention by a BLAS, MKL as it is
+// linked or SciPy's as a pointer; norms and activations, each in one pass over memory. blas.py compiles this
 // where there is a compiler, and says what each call computes; without it XLA does the same.
 //
 // All matrices are row-major, M rows, K summed, N columns. B batch, T queries, S keys, H heads,
@@ -10,6 +10,7 @@
 #include <bit>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <memory>
 #include <thread>
 #include <vector>
@@ -23,7 +24,14 @@ namespace {
 using Sgemm = void (*)(const char*, const char*, const int*, const int*, const int*, const float*,
                        const float*, const int*, const float*, const int*, const float*, float*,
                        const int*);
-Sgemm sgemm = nullptr;
+#ifdef MKL
+extern "C" void sgemm_(const char*, const char*, const int*, const int*, const int*, const float*,
+                       const float*, const int*, const float*, const int*, const float*, float*,
+                       const int*);
+Sgemm sgemm = sgemm_;
+#else
+Sgemm sgemm = nullptr;  // given by blas.py
+#endif
 
 struct Matrix {
   const float* data;
@@ -81,11 +89,19 @@ struct Bfloat16 {
   }
 };
 
-// A thread's own memory, kept from call to call.
+// A thread's own memory, kept from call to call. It begins where a cache line does: a BLAS may
+// sum in another order elsewhere, and a run must give the same bits again.
 float* Scratch(int place, int64_t size) {
-  thread_local std::vector<float> kept[8];
-  if (int64_t(kept[place].size()) < size) kept[place].resize(size);
-  return kept[place].data();
+  struct Freed {
+    void operator()(float* x) const { std::free(x); }
+  };
+  thread_local std::unique_ptr<float, Freed> kept[8];
+  thread_local int64_t sizes[8];
+  if (sizes[place] < size) {
+    sizes[place] = (size + 15) / 16 * 16;
+    kept[place].reset(static_cast<float*>(std::aligned_alloc(64, sizes[place] * sizeof(float))));
+  }
+  return kept[place].get();
 }
 
 // One call, as blas.py made it: arrays in and out, and how.
@@ -435,21 +451,17 @@ struct Shape {
   // The keys that queries `from` to `to` may see.
   int64_t First(int64_t from) const { return causal ? std::max<int64_t>(0, from - window + 1) : 0; }
   int64_t Last(int64_t to) const { return causal ? std::min(s, to) : s; }
+  // Where the bias of a query begins, of a batch of `bias_batch` times `bias_rows` rows.
+  int64_t Bias(int64_t b, int64_t query) const {
+    return (b * bias_batch / batch * bias_rows + (bias_rows == 1 ? 0 : query)) * s;
+  }
 };
 
-// scale q k^T + bias of queries `from` to `to`, over the keys `first` to `last`.
-void Scores(const Shape& d, Matrix q, Matrix k, const float* bias, int64_t b, int64_t from,
-            int64_t to, int64_t first, int64_t last, float* scores) {
-  const int64_t n = last - first;
-  Multiply(to - from, n, d.c, {q.data + from * q.stride, q.stride},
-           {k.data + first * k.stride, k.stride, true}, scores, n, d.scale);
-  for (int64_t i = 0; i < to - from; ++i) {
-    const int64_t row = d.bias_rows == 1 ? 0 : from + i;
-    const float* add = bias + (b * d.bias_batch / d.batch * d.bias_rows + row) * d.s + first;
-    float* x = scores + i * n;
-#pragma omp simd
-    for (int64_t j = 0; j < n; ++j) x[j] += add[j];
-  }
+// scale q k^T of queries `from` to `to`, over the keys `first` to `last`.
+void Scores(const Shape& d, Matrix q, Matrix k, int64_t from, int64_t to, int64_t first,
+            int64_t last, float* scores) {
+  Multiply(to - from, last - first, d.c, {q.data + from * q.stride, q.stride},
+           {k.data + first * k.stride, k.stride, true}, scores, last - first, d.scale);
 }
 
 template <class D>
@@ -467,12 +479,16 @@ void Forward(const Shape& d, const typename D::Entry* pq, const typename D::Entr
       const int64_t to = std::min(d.t, from + kQueries), rows = to - from;
       const int64_t first = d.First(from), last = d.Last(to), n = last - first;
       float* scores = Scratch(3, rows * n);
-      Scores(d, q, k, bias, b, from, to, first, last, scores);
+      Scores(d, q, k, from, to, first, last, scores);
       for (int64_t i = 0; i < rows; ++i) {
-        float* x = scores + i * n;
-        float most = x[0], sum = 0;
+        float* __restrict x = scores + i * n;
+        const float* __restrict add = bias + d.Bias(b, from + i) + first;
+        float most = x[0] + add[0], sum = 0;
 #pragma omp simd reduction(max : most)
-        for (int64_t j = 0; j < n; ++j) most = most > x[j] ? most : x[j];
+        for (int64_t j = 0; j < n; ++j) {
+          x[j] += add[j];
+          most = most > x[j] ? most : x[j];
+        }
 #pragma omp simd reduction(+ : sum)
         for (int64_t j = 0; j < n; ++j) sum += x[j] = Exp(x[j] - most);
         statistics[(from + i) * 2] = most;
@@ -511,7 +527,7 @@ void Backward(const Shape& d, const typename D::Entry* pq, const typename D::Ent
       const int64_t first = d.First(from), last = d.Last(to), n = last - first;
       float* weights = Scratch(3, 2 * rows * n);
       float* d_scores = weights + rows * n;
-      Scores(d, q, k, bias, b, from, to, first, last, weights);
+      Scores(d, q, k, from, to, first, last, weights);
       Multiply(rows, n, d.c, {dy.data + from * dy.stride, dy.stride},
                {v.data + first * v.stride, v.stride, true}, d_scores, n);
       for (int64_t i = 0; i < rows; ++i) {
@@ -522,9 +538,10 @@ void Backward(const Shape& d, const typename D::Entry* pq, const typename D::Ent
 #pragma omp simd reduction(+ : row)
         for (int64_t j = 0; j < d.c; ++j) row += D::Read(y[j]) * gradient[j];
         float *__restrict w = weights + i * n, *__restrict ds = d_scores + i * n;
+        const float* __restrict add = bias + d.Bias(b, from + i) + first;
 #pragma omp simd
         for (int64_t j = 0; j < n; ++j) {
-          w[j] = Exp(w[j] - most) * share;
+          w[j] = Exp(w[j] + add[j] - most) * share;
           ds[j] = w[j] * (ds[j] - row);
         }
       }

@@ -1,12 +1,12 @@
-"""Training's heavy parts in C++ (`blas.cc`) around SciPy's BLAS, where there is a compiler.
+"""Training's heavy parts in C++ (`blas.cc`) around a BLAS, where there is a compiler.
 
 XLA's CPU products are as fast as any for large matrices on some processors, and slower than
 OpenBLAS on others; its attention lays queries, keys and values out anew and computes what a causal
 mask then hides; norms and activations pass over memory several times. Where a C++ compiler is at
 hand, `blas.cc` is compiled once (seconds) into the cache folder and called through JAX's FFI:
-products in float32 by SciPy's own OpenBLAS, attention in blocks whose scores stay in the
-processor's cache (arXiv:2205.14135), norms and activations in one pass. Elsewhere, on a mesh, and
-with `ASSAY_NATIVE=0`, XLA computes the same. docs/performance.md has the figures of both.
+products in float32 by OpenBLAS or MKL (the extra `mkl`), attention in blocks whose scores
+stay in the processor's cache (arXiv:2205.14135), norms and activations in one pass. Elsewhere, on a
+mesh, and with `ASSAY_NATIVE=0`, XLA computes the same. docs/performance.md has the figures of both.
 
 Axes: B batch, T queries, S keys, H heads, G kv heads, C head width; M rows, K summed, N columns.
 """
@@ -20,7 +20,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32
 
-from assay.model.compiled import NotCompiledError, library, processor_features, processor_is
+from assay.model.compiled import (
+    NotCompiledError,
+    library,
+    mkl,
+    processor_features,
+    processor_is,
+)
 
 TYPES = (jnp.float32, jnp.bfloat16)
 ACTIVATIONS = ("gelu", "gelu_tanh", "silu")  # in the order of blas.cc
@@ -30,14 +36,15 @@ ACTIVATIONS = ("gelu", "gelu_tanh", "silu")  # in the order of blas.cc
 def build() -> tuple[bool, str]:
     """Whether the calls are there, and a sentence that says so, or why not."""
     try:
-        sgemm = _openblas()
-        compiled = library("blas")
-        compiled.set_sgemm.argtypes = [ctypes.c_void_p]
-        compiled.set_sgemm(sgemm)
+        compiled, whose = library("blas"), "Intel's MKL"
+        if not mkl():
+            compiled.set_sgemm.argtypes = [ctypes.c_void_p]
+            compiled.set_sgemm(_openblas())
+            whose = "SciPy's OpenBLAS"
         jax.ffi.register_ffi_target("assay_blas", jax.ffi.pycapsule(compiled.make), platform="cpu")
     except NotCompiledError as error:
-        return False, f"XLA computes products and attention: {error}"
-    return True, "SciPy's OpenBLAS computes products and attention."
+        return False, f"XLA computes all of training: {error}"
+    return True, f"Products and attention are computed by {whose}."
 
 
 def usable() -> bool:

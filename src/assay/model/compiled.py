@@ -10,6 +10,7 @@ import importlib.util
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 import threading
 from functools import lru_cache
@@ -24,6 +25,7 @@ SOURCES = {
 }
 """Files of this folder, and what each wants of the compiler."""
 FLAGS = ("-march=native", "-pthread", "-std=c++20", "-shared", "-fPIC", "-w")
+MKL = ("libmkl_intel_lp64.so", "libmkl_sequential.so", "libmkl_core.so")
 _compiling = threading.Lock()
 
 
@@ -60,14 +62,15 @@ def _compiled(name: str) -> Path:
     if compiler is None:
         raise NotCompiledError("there is no C++ compiler (c++, g++ or clang++).")
     source, flags = Path(__file__).with_name(f"{name}.cc"), (*SOURCES[name], *FLAGS)
-    versions = (metadata.version("jaxlib"), compiler, *flags, *processor_features())
+    libraries = mkl() if name == "blas" else ()
+    versions = (metadata.version("jaxlib"), compiler, *flags, *libraries, *processor_features())
     key = hashlib.sha256(b"\0".join((source.read_bytes(), *map(str.encode, versions))))
     path = files.folder() / "native" / f"{key.hexdigest()[:32]}.so"
     headers = Path(importlib.util.find_spec("jaxlib").origin).parent / "include"
     try:
         with _compiling:
             if not path.is_file():
-                _compile([compiler, *flags, "-I", str(headers), str(source)], path)
+                _compile([compiler, *flags, "-I", str(headers), str(source), *libraries], path)
     except (OSError, subprocess.SubprocessError) as error:
         raise NotCompiledError(f"{name}.cc did not compile ({error}).") from error
     return path
@@ -84,6 +87,19 @@ def _compile(command: list[str], path: Path) -> None:
         os.replace(draft, path)
     finally:
         Path(draft).unlink(missing_ok=True)
+
+
+def mkl() -> tuple[str, ...]:
+    """What links Intel's MKL, where the extra is there and the processor is Intel's; else nothing.
+
+    It must be linked: loaded by its own `libmkl_rt`, its names would be seen by everyone, and
+    PyTorch's products, which have an MKL of their own, then run in one thread.
+    """
+    folder = Path(sys.prefix) / "lib"
+    found = [max(folder.glob(f"{name}.*"), default=None) for name in MKL]
+    if not all(found) or not processor_is("GenuineIntel"):
+        return ()
+    return ("-DMKL", "-Wl,--no-as-needed", *map(str, found), f"-Wl,-rpath,{folder}")
 
 
 def processor_features() -> list[str]:
