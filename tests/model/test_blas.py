@@ -22,6 +22,7 @@ from assay.model.layers import (
     product,
     use_cpu_kernels,
 )
+from assay.model.loss import token_losses
 from assay.model.transformer import abstract
 from assay.spec.presets import PRESETS
 from assay.spec.run import ComputeSpec
@@ -339,6 +340,27 @@ def test_activation_of_what_is_large_or_no_number(activation):
     )
     np.testing.assert_array_equal(np.isnan(found[0]), np.isnan(wanted[0]))
     assert_same([found[0][:, :5]], [wanted[0][:, :5]], **CLOSE)
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS.keys())
+def test_losses_under_transforms(transform):
+    logits, targets = normal(0, 60, 700), jnp.arange(60)
+
+    def losses(cpu):
+        return lambda x: token_losses(x, targets, cpu)
+
+    assert names(losses("blas"), logits)
+    found, wanted = (with_gradients(transform(losses(cpu)), logits) for cpu in ("blas", False))
+    assert_same(found, wanted, **CLOSE)
+
+
+@pytest.mark.usefixtures("however_few")
+def test_losses_of_what_is_large_or_no_number():
+    inf, nan = jnp.inf, jnp.nan
+    rows = [[1e30, 0, 0], [-1e30, 0, 1], [-inf, 0, 1], [inf, 0, 0], [nan, 0, 0], [-inf] * 3]
+    logits = jnp.array(rows)
+    found = blas.logsumexp(logits)
+    np.testing.assert_allclose(found, jax.nn.logsumexp(logits, axis=-1), rtol=1e-6)
 
 
 def test_of_few_entries_xla_makes_a_part_of_the_rest():

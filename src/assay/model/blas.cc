@@ -436,6 +436,24 @@ void NormBackward(const Call& call) {
   }
 }
 
+// log sum exp of each row, in float32.
+template <class D>
+void LogSumExp(const Call& call) {
+  const int64_t width = call.in[0].dimensions().back(), rows = Before(call.in[0].dimensions(), 1);
+  const int64_t parts = Parts(call.pool, rows, width);
+  Run(call.pool, parts, [&](int64_t part) {
+    for (int64_t i = rows * part / parts; i < rows * (part + 1) / parts; ++i) {
+      auto* __restrict x = call.In<D>(0) + i * width;
+      float most = D::Read(x[0]), sum = 0;
+#pragma omp simd reduction(max : most)
+      for (int64_t j = 0; j < width; ++j) most = most > D::Read(x[j]) ? most : D::Read(x[j]);
+#pragma omp simd reduction(+ : sum)
+      for (int64_t j = 0; j < width; ++j) sum += Exp(D::Read(x[j]) - most);
+      call.Out<Float32>(0)[i] = std::isfinite(most) ? most + std::log(sum) : most;
+    }
+  });
+}
+
 // ---------------------------------------------------------------------------- attention
 
 constexpr int kQueries = 128;  // at a time: their scores stay in the cache
@@ -627,6 +645,7 @@ bool Made(const Call& call, std::string_view what) {
   else if (what == "activate_backward") ActivateBackward<D>(call);
   else if (what == "norm") Norm<D>(call);
   else if (what == "norm_backward") NormBackward<D>(call);
+  else if (what == "logsumexp") LogSumExp<D>(call);
   else if (what == "attend") Attend<D>(call);
   else if (what == "attend_backward") AttendBackward<D>(call);
   else return false;

@@ -266,6 +266,11 @@ def _activate_backward(activation, gated, saved, g):
 activate.defvjp(_activate_forward, _activate_backward)
 
 
+def logsumexp(x: Float[Array, "*b v"]) -> Float32[Array, "*b"]:
+    """log sum exp of the last axis, in float32; it has no gradient of its own."""
+    return _call("logsumexp", jax.ShapeDtypeStruct(x.shape[:-1], jnp.float32), x)
+
+
 def _call(what: str, results, *arrays: Array, **how):
     # Every call takes more axes before its own, and all operands then have them.
     call = jax.ffi.ffi_call("assay_blas", results, vmap_method="broadcast_all")

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Float32, Int32, Key
 
+from assay.model.layers import CpuKernels, use_cpu_kernels
 from assay.model.loss import token_losses
 from assay.model.moe import Routing
 from assay.model.sharding import batch_shards, on_batch_shards, summed_over_batch
@@ -69,7 +70,7 @@ def head_sums(
     chunk = chunk_size(model, targets.shape)
     if chunk:
         return in_chunks(model, spec, chunk, x, targets, weights)
-    return sums(spec, model.logits(x), targets, weights)
+    return sums(spec, model.logits(x), targets, weights, use_cpu_kernels(model.compute))
 
 
 def sums(
@@ -77,9 +78,10 @@ def sums(
     logits: Float32[Array, "*b v"],
     targets: Int32[Array, "*b"],
     weights: Float32[Array, "*b"],
+    cpu: CpuKernels = False,
 ) -> tuple[Float32[Array, ""], Float32[Array, ""]]:
     """(objective, cross-entropy), each summed over tokens by their weights."""
-    losses = token_losses(logits, targets)
+    losses = token_losses(logits, targets, cpu)
     objective = losses
     if spec.label_smoothing or spec.z_loss:
         log_z = jax.nn.logsumexp(logits, axis=-1)
@@ -121,13 +123,13 @@ def in_chunks(
     backward pass only scales it. The second result has none.
     """
     graph, head = nnx.split(model.head)
-    params = {"head": head}
+    params, cpu = {"head": head}, use_cpu_kernels(model.compute)
     if model.head.w is None:
         params["table"] = model.embedding.table[...]
 
     def chunk_sums(params, x, targets, weights):
         logits = nnx.merge(graph, params["head"])(x, params.get("table"))
-        return sums(spec, logits[..., : model.spec.vocab_size], targets, weights)
+        return sums(spec, logits[..., : model.spec.vocab_size], targets, weights, cpu)
 
     return _chunked(chunk_sums, chunk, params, x, targets, weights)
 
