@@ -91,6 +91,38 @@ def test_product(transform, transposed):
     assert_same(found, with_gradients(transform(layer), x, w), **CLOSE)
 
 
+# A group with no row, one of several pieces, rows behind the last.
+GROUPS = [[3, 0, 4], [0, 1300, 5], [0, 0, 0]]
+
+
+@pytest.mark.parametrize("sizes", GROUPS, ids=str)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_grouped(sizes, dtype):
+    x = normal(0, sum(sizes) + 2, 20, dtype=dtype)
+    w, sizes = normal(1, 3, 20, 7, dtype=dtype), jnp.array(sizes)
+    found = with_gradients(lambda x, w: blas.grouped(x, w, sizes), x, w)
+    wide = (y.astype(jnp.float32) for y in (x, w))
+    value, pullback = jax.vjp(lambda x, w: jax.lax.ragged_dot(x, w, sizes), *wide)
+    wanted = value, *pullback(normal(9, *value.shape, dtype=dtype).astype(jnp.float32))
+    close = {"rtol": 1e-5, "atol": 1e-4} if dtype == jnp.float32 else {"rtol": 2**-7, "atol": 1e-5}
+    assert_same(found, [y.astype(dtype) for y in wanted], **close)
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS.keys())
+def test_grouped_under_transforms(transform):
+    sizes, owner = jnp.array([2, 6, 1]), jnp.array([0] * 2 + [1] * 6 + [2])
+
+    def one_by_one(x, w):
+        return jnp.einsum("mk,mkn->mn", x, w[owner])
+
+    def ours(x, w):
+        return blas.grouped(x, w, sizes)
+
+    arrays = normal(0, 9, 5), normal(1, 3, 5, 4)
+    found, wanted = (with_gradients(transform(f), *arrays) for f in (ours, one_by_one))
+    assert_same(found, wanted, **CLOSE)
+
+
 @pytest.mark.parametrize("vendor", ["GenuineIntel", "AuthenticAMD"])
 def test_a_blas_for_each_vendor(vendor):
     """Each in a process of its own; whichever it is, PyTorch keeps its threads."""

@@ -149,6 +149,18 @@ Matrix Rows(const typename D::Entry* x, int64_t stride, int64_t rows, int64_t co
 constexpr double kAlone = 1e6;  // multiplications: fewer take less time than another thread to come
 constexpr int64_t kPiece = 1 << 20;  // entries of a copied result: they stay in the cache
 
+// y = a b, of (M, K) and (K, N).
+template <class D>
+void Written(int64_t m, int64_t n, int64_t k, Matrix a, Matrix b, typename D::Entry* y,
+             int64_t stride) {
+  if constexpr (std::is_same_v<D, Float32>) return Multiply(m, n, k, a, b, y, stride);
+  float* sums = Scratch(2, m * n);
+  Multiply(m, n, k, a, b, sums, n);
+  for (int64_t i = 0; i < m; ++i)
+#pragma omp simd
+    for (int64_t j = 0; j < n; ++j) y[i * stride + j] = D::Write(sums[i * n + j]);
+}
+
 // op(a) op(b) for each of the leading axes of both, summed in float32.
 template <class D>
 void Matmul(const Call& call) {
@@ -175,15 +187,66 @@ void Matmul(const Call& call) {
     Matrix fx = ta ? Rows<D>(x, m, k, mm, 0) : Rows<D>(x, k, mm, k, 0);
     Matrix fw = tb ? Rows<D>(w, k, nn, k, 1) : Rows<D>(w, n, k, nn, 1);
     fx.turned = ta, fw.turned = tb;
-    if constexpr (std::is_same_v<D, Float32>) {
-      Multiply(mm, nn, k, fx, fw, y, n);
-    } else {
-      float* sums = Scratch(2, mm * nn);
-      Multiply(mm, nn, k, fx, fw, sums, nn);
-      for (int64_t j = 0; j < mm; ++j)
-#pragma omp simd
-        for (int64_t l = 0; l < nn; ++l) y[j * n + l] = D::Write(sums[j * nn + l]);
-    }
+    Written<D>(mm, nn, k, fx, fw, y, n);
+  });
+}
+
+// Rows of one group after the other, each group with a matrix of its own. So many at a time.
+constexpr int64_t kGroupRows = 512;
+
+// y = x w[its group], w turned if `turned`; rows behind the last group are 0.
+template <class D>
+void Grouped(const Call& call) {
+  const bool turned = call.Of<bool>("turned");
+  auto dy = call.out[0].dimensions();
+  const int64_t rows = dy[dy.size() - 2], n = dy.back(), k = call.in[0].dimensions().back();
+  const int64_t groups = call.in[2].dimensions().back();
+  struct Piece {
+    int64_t row, many;
+    const typename D::Entry* w;
+  };
+  std::vector<Piece> pieces;
+  for (int64_t b = 0; b < Before(dy, 2); ++b) {
+    int64_t row = b * rows;
+    auto cut = [&](int64_t end, const typename D::Entry* w) {
+      for (; row < end; row += kGroupRows) pieces.push_back({row, std::min(kGroupRows, end - row), w});
+      row = end;
+    };
+    for (int64_t i = b * groups; i < (b + 1) * groups; ++i)
+      cut(row + static_cast<const int32_t*>(call.in[2].untyped_data())[i],
+          call.In<D>(1) + i * n * k);
+    cut((b + 1) * rows, nullptr);
+  }
+  Run(call.pool, pieces.size(), [&](int64_t i) {
+    const auto [row, many, w] = pieces[i];
+    auto* y = call.Out<D>(0) + row * n;
+    if (!w) return void(std::fill(y, y + many * n, typename D::Entry(0)));
+    const Matrix fx = Rows<D>(call.In<D>(0) + row * k, k, many, k, 0);
+    Matrix fw = turned ? Rows<D>(w, k, n, k, 1) : Rows<D>(w, n, k, n, 1);
+    fw.turned = turned;
+    Written<D>(many, n, k, fx, fw, y, n);
+  });
+}
+
+// The gradient of w: x^T g of each group's rows.
+template <class D>
+void GroupedGradient(const Call& call) {
+  auto dx = call.in[0].dimensions(), dw = call.out[0].dimensions();
+  const int64_t rows = dx[dx.size() - 2], k = dx.back(), n = dw.back();
+  const int64_t groups = call.in[2].dimensions().back(), all = Before(dw, 2);
+  auto* sizes = static_cast<const int32_t*>(call.in[2].untyped_data());
+  const int64_t cuts = Threads(call.pool), cut = (k + cuts * 16 - 1) / (cuts * 16) * 16;
+  Run(call.pool, all * cuts, [&](int64_t task) {
+    const int64_t i = task / cuts, from = std::min(k, task % cuts * cut);
+    const int64_t many = std::min(k, from + cut) - from;
+    int64_t row = i / groups * rows;
+    for (int64_t j = i / groups * groups; j < i; ++j) row += sizes[j];
+    auto* y = call.Out<D>(0) + (i * k + from) * n;
+    if (many == 0 || sizes[i] == 0) return void(std::fill(y, y + many * n, typename D::Entry(0)));
+    Matrix fx = Rows<D>(call.In<D>(0) + row * k + from, k, sizes[i], many, 0);
+    fx.turned = true;
+    const Matrix fg = Rows<D>(call.In<D>(1) + row * n, n, sizes[i], n, 1);
+    Written<D>(many, n, sizes[i], fx, fg, y, n);
   });
 }
 
@@ -641,6 +704,8 @@ void AttendBackward(const Call& call) {
 template <class D>
 bool Made(const Call& call, std::string_view what) {
   if (what == "matmul") Matmul<D>(call);
+  else if (what == "grouped") Grouped<D>(call);
+  else if (what == "grouped_gradient") GroupedGradient<D>(call);
   else if (what == "activate") Activate<D>(call);
   else if (what == "activate_backward") ActivateBackward<D>(call);
   else if (what == "norm") Norm<D>(call);

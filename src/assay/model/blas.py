@@ -18,7 +18,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Float, Float32, Int32
 
 from assay.model.compiled import (
     NotCompiledError,
@@ -103,6 +103,28 @@ def matmul(
     rows, columns = a.shape[1 if ta else 0], b.shape[0 if tb else 1]
     result = jax.ShapeDtypeStruct((rows, columns), a.dtype)
     return _call("matmul", result, a, b, ta=ta, tb=tb)
+
+
+@jax.custom_vjp
+def grouped(
+    x: Float[Array, "m k"], w: Float[Array, "e k n"], sizes: Int32[Array, "e"]
+) -> Float[Array, "m n"]:
+    """As `jax.lax.ragged_dot`: the first `sizes[0]` rows by w[0], and so on; 0 behind the last."""
+    return _grouped(x, w, sizes, turned=False)
+
+
+def _grouped(x, w, sizes, *, turned):
+    result = jax.ShapeDtypeStruct((x.shape[0], w.shape[1 if turned else 2]), x.dtype)
+    return _call("grouped", result, x, w, sizes, turned=turned)
+
+
+def _grouped_backward(saved, g):
+    x, w, sizes = saved
+    dw = _call("grouped_gradient", jax.ShapeDtypeStruct(w.shape, w.dtype), x, g, sizes)
+    return _grouped(g, w, sizes, turned=True), dw, None
+
+
+grouped.defvjp(lambda x, w, sizes: (grouped(x, w, sizes), (x, w, sizes)), _grouped_backward)
 
 
 # ---------------------------------------------------------------------------- attention

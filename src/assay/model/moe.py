@@ -4,9 +4,10 @@ Routing is the architecture's and always in float32. Dispatch is how tokens get 
 chosen by `ComputeSpec.moe_dispatch`; outputs and gradients are the same for all:
 
 - dense: every expert computes every token. The reference, E / k times the work.
-- ragged: choices sorted by expert, one `jax.lax.ragged_dot`. For TPU and GPU.
+- ragged: choices sorted by expert, one `jax.lax.ragged_dot`. For TPU and GPU, and for a CPU where
+  `blas.py` has a product for it.
 - blocks: choices sorted by expert, each expert's filled up to whole blocks, and a loop over as
-  many blocks as there are. For CPU, where `ragged_dot` is slower than dense (docs/performance.md).
+  many blocks as there are. For XLA on a CPU, whose `ragged_dot` is slower than dense there.
 - capacity: a place for each choice in a buffer of fixed size for each expert. Its size is that of
   the capacity limit; where there is none it must be T, and the work is dense's.
 
@@ -24,6 +25,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Float32, Int32, Key
 
+from assay.model import blas
 from assay.model.layers import Mlp, activate, along_last, glu, use_cpu_kernels
 from assay.model.sharding import constant_parameter, constrain, on_each_device, parameter
 from assay.spec.model import MlpSpec, MoeSpec, RouterSpec, WeightInit
@@ -307,7 +309,10 @@ _cpu_batched.defvjp(lambda x, w: (_batched(x, w), (x, w)), _cpu_batched_backward
 
 
 def ragged_layout(
-    experts: Int32[Array, "b t k"], kept: Bool[Array, "b t k"], num_experts: int
+    experts: Int32[Array, "b t k"],
+    kept: Bool[Array, "b t k"],
+    num_experts: int,
+    by_blas: bool = False,
 ) -> Layout:
     """(N K,): choices sorted by expert, those that are not kept behind all."""
     b, t, k = experts.shape
@@ -323,7 +328,7 @@ def ragged_layout(
     return Layout(
         slots.reshape(b * t, k),
         (places,),
-        lambda x, w: jax.lax.ragged_dot(x, w, sizes),
+        lambda x, w: (blas.grouped if by_blas else jax.lax.ragged_dot)(x, w, sizes),
         lambda bias: bias[owner],
     )
 
@@ -678,8 +683,6 @@ class Moe(nnx.Module):
         self.spec, self.capacity = spec, spec.capacity
         self.cpu = use_cpu_kernels(compute)
         self.dispatch = compute.moe_dispatch
-        if self.dispatch == "auto":
-            self.dispatch = "blocks" if jax.default_backend() == "cpu" else "ragged"
         router_key, experts_key, shared_key = jax.random.split(key, 3)
         how = {
             "init": init,
@@ -810,7 +813,7 @@ class Moe(nnx.Module):
                 placed = across.to_experts(placed)
             y = experts(placed, layout.product, layout.spread, across)
             return combine(y if across is None else across.from_experts(y), layout, weights)
-        sort = ragged_layout if self.dispatch == "ragged" else blocks_layout
+        sort = self._sorted(x.dtype)
         if ways == 1:
             layout = sort(choices, kept, e)
             y = experts(dispatch(x, layout), layout.product, layout.spread, across)
@@ -826,6 +829,14 @@ class Moe(nnx.Module):
         y = experts(dispatch(placed, inner), inner.product, inner.spread, across)
         y = combine(y, inner, jnp.ones(inner.slots.shape, jnp.float32))
         return combine(across.from_experts(y[None]), layout, weights)
+
+    def _sorted(self, dtype: jnp.dtype) -> Callable[..., Layout]:
+        """The layout of choices sorted by expert that is fastest where this is traced."""
+        by_blas = self.cpu == "blas" and blas.multiplies(dtype) and blas.usable()
+        ragged = by_blas or jax.default_backend() != "cpu"
+        if self.dispatch == "ragged" or (self.dispatch == "auto" and ragged):
+            return partial(ragged_layout, by_blas=by_blas)
+        return blocks_layout
 
     def _record(self, logits, probabilities, experts, kept, margin, real) -> Routing:
         e, counted = self.spec.experts, real.astype(jnp.float32)

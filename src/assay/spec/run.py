@@ -245,8 +245,8 @@ class ComputeSpec(Spec):
     a time; 0 is all, and by default it is what fits where all would be large. `kernels`: auto
     picks the fast form for the device that JAX runs on; plain is autodiff of the plain formula;
     cpu is what suits XLA's CPU backend, without the BLAS that auto takes there (`model/blas.py`).
-    `moe_dispatch` is how tokens get to their experts (`model/moe.py`); auto is blocks on a CPU
-    and ragged elsewhere.
+    `moe_dispatch` is how tokens get to their experts (`model/moe.py`); auto is ragged, or blocks
+    where XLA's CPU backend computes it.
     """
 
     dtype: Literal["float32", "bfloat16"] = "float32"
