@@ -12,6 +12,7 @@ Axes: B batch, T queries, S keys, H heads, G kv heads, C head width; M rows, K s
 """
 
 import ctypes
+import threading
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -29,12 +30,18 @@ from assay.model.compiled import (
 )
 
 TYPES = (jnp.float32, jnp.bfloat16)
+_building = threading.Lock()
 ACTIVATIONS = ("gelu", "gelu_tanh", "silu")  # in the order of blas.cc
 
 
-@lru_cache(maxsize=1)
 def build() -> tuple[bool, str]:
     """Whether the calls are there, and a sentence that says so, or why not."""
+    with _building:  # of two threads that trace, one waits for the other
+        return _build()
+
+
+@lru_cache(maxsize=1)
+def _build() -> tuple[bool, str]:
     try:
         compiled, whose = library("blas"), "Intel's MKL"
         if not mkl():

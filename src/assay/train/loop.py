@@ -178,10 +178,16 @@ def _train(
     # ---- compile, beside all else that is to be made: most of a compiler's work is on one core
     reporter.note(f"Compiling for {run.data.batch_size} x {run.data.seq_len} tokens an update.")
     began, position = time.monotonic(), batches.state()
-    lowered = update.lower(shapes, joined(next(batches)), np.float32(0))
+    example = joined(next(batches))
     batches.restore(position)
+
+    def compiled_update():
+        with use_mesh(mesh):  # which is a thread's own
+            return update.lower(shapes, example, np.float32(0)).compile()
+
+    # Traced there too: on a CPU that may first have to wait until C++ is compiled (`blas.py`).
     compiler = ThreadPoolExecutor()
-    update = compiler.submit(lowered.compile)
+    compiling = compiler.submit(compiled_update)
     state = make_state()
     losses = None if mesh else _compiled_losses(compiler, nnx.merge(exact, state.params), held_out)
 
@@ -199,7 +205,7 @@ def _train(
     # ---- the program
     if first:
         plot.load()  # it is drawn at the end, but here there is nothing to do but wait
-    update = update.result()
+    update = compiling.result()
     compile_seconds = time.monotonic() - began
 
     # ---- train
