@@ -39,14 +39,17 @@ def programs(dtype, skip):
     yield "dense MLP", step(Mlp(jax.random.key(0), D, dense, **init, compute=ComputeSpec()), x)
     spec = MoeSpec(experts=EXPERTS, expert=MlpSpec(hidden=HIDDEN), router=TopK(k=K))
     limited = spec.replace(capacity=CapacitySpec(load=1.25))
-    for name, dispatch, moe in (
-        ("blocks", "blocks", spec),
-        ("capacity 1.25", "capacity", limited),
-        ("dense dispatch", "dense", spec),
-        ("ragged", "ragged", spec),
+    for name, dispatch, moe, kernels in (
+        ("auto", "auto", spec, "auto"),
+        ("blocks", "blocks", spec, "auto"),
+        ("capacity 1.25", "capacity", limited, "auto"),
+        ("dense dispatch", "dense", spec, "auto"),
+        # As small projects have it: every expert on every token, by autodiff.
+        ("and plainly", "dense", spec, "plain"),
+        ("ragged", "ragged", spec, "plain"),
     ):
         if dispatch not in skip:
-            compute = ComputeSpec(moe_dispatch=dispatch)
+            compute = ComputeSpec(moe_dispatch=dispatch, kernels=kernels)
             yield name, step(Moe(jax.random.key(0), D, moe, **init, compute=compute), x)
 
 
