@@ -213,9 +213,8 @@ def _attend_together_backward(heads, width, scale, causal, window, saved, g):
 attend_together.defvjp(_attend_together_forward, _attend_together_backward)
 
 
-def _how(scale, causal, window):
-    most = np.iinfo(np.int32).max if window is None else window
-    return {"scale": np.float32(scale), "causal": causal, "window": np.int64(most)}
+def _how(scale: float, causal: bool, window: int | None) -> dict[str, np.number | bool]:
+    return of_attention(scale, window) | {"causal": causal}
 
 
 # ---------------------------------------------------------------------------- norms, activations
@@ -228,11 +227,6 @@ FEW = 1 << 14
 def pays(x: Array) -> bool:
     """Whether an operation on each entry of x is worth a call."""
     return x.dtype in TYPES and x.size >= FEW and usable()
-
-
-def _or_none(vector: Array | None) -> Array:
-    """What stands for no array in a call: one without entries."""
-    return jnp.zeros((0,), jnp.float32) if vector is None else vector
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
@@ -253,13 +247,13 @@ def _normalise_forward(x, scale, bias, centred, epsilon):
         jax.ShapeDtypeStruct((*x.shape[:-1], 2), jnp.float32),  # mean; 1 / deviation
     )
     how = {"centred": centred, "epsilon": np.float32(epsilon)}
-    y, kept = _call("norm", results, x, _or_none(scale), _or_none(bias), **how)
+    y, kept = _call("norm", results, x, or_nothing(scale), or_nothing(bias), **how)
     return y, (x, scale, bias, kept)
 
 
 def _normalise_backward(centred, epsilon, saved, g):
     x, scale, bias, kept = saved
-    vectors = [_or_none(scale), _or_none(bias)]
+    vectors = [or_nothing(scale), or_nothing(bias)]
     results = [jax.ShapeDtypeStruct(y.shape, y.dtype) for y in (x, *vectors)]
     arrays = (x, vectors[0], kept, g)
     dx, d_scale, d_bias = _call("norm_backward", results, *arrays, centred=centred)
@@ -281,11 +275,11 @@ def _activate_forward(x, up, activation, gated):
     width = x.shape[-1] // (2 if gated and up is None else 1)
     result = jax.ShapeDtypeStruct((*x.shape[:-1], width), x.dtype)
     how = {"activation": np.int64(ACTIVATIONS.index(activation)), "gated": gated}
-    return _call("activate", result, x, _or_none(up), **how), (x, up)
+    return _call("activate", result, x, or_nothing(up), **how), (x, up)
 
 
 def _activate_backward(activation, gated, saved, g):
-    x, up = saved[0], _or_none(saved[1])
+    x, up = saved[0], or_nothing(saved[1])
     results = [jax.ShapeDtypeStruct(y.shape, y.dtype) for y in (x, up)]
     how = {"activation": np.int64(ACTIVATIONS.index(activation)), "gated": gated}
     dx, d_up = _call("activate_backward", results, x, up, g, **how)
@@ -298,6 +292,20 @@ activate.defvjp(_activate_forward, _activate_backward)
 def logsumexp(x: Float[Array, "*b v"]) -> Float32[Array, "*b"]:
     """log sum exp of the last axis, in float32; it has no gradient of its own."""
     return _call("logsumexp", jax.ShapeDtypeStruct(x.shape[:-1], jnp.float32), x)
+
+
+# ---------------------------------------------------------------------------- calls
+
+
+def or_nothing(array: Array | None) -> Array:
+    """An array of no entries stands for none."""
+    return jnp.zeros((0,), jnp.float32) if array is None else array
+
+
+def of_attention(scale: float, window: int | None) -> dict[str, np.number]:
+    """Attributes of a call that attends; no window is one that no row exceeds."""
+    most = np.iinfo(np.int32).max if window is None else window
+    return {"window": np.int64(most), "scale": np.float32(scale)}
 
 
 def _call(what: str, results, *arrays: Array, **how):

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32
 
+from assay.model.blas import of_attention, or_nothing
 from assay.model.cache import LayerCache
 from assay.model.compiled import NotCompiledError, library, processor_features
 
@@ -95,7 +96,7 @@ def product(
     For int8 x is quantised too, row by row.
     """
     result = jax.ShapeDtypeStruct((x.shape[0], n), x.dtype)
-    return _call("product", result)(x, packed, _or_nothing(factor))
+    return _call("product", result)(x, packed, or_nothing(factor))
 
 
 def attend(
@@ -115,7 +116,7 @@ def attend(
     kept = (cache.keys, cache.values)
     results = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, *kept)]
     call = _call("attend", results, input_output_aliases={3: 1, 4: 2})
-    y, keys, values = call(q, k, v, *kept, cache.lengths, **_of_attention(scale, window))
+    y, keys, values = call(q, k, v, *kept, cache.lengths, **of_attention(scale, window))
     return y, LayerCache(keys, values, cache.lengths + q.shape[1])
 
 
@@ -138,7 +139,7 @@ def attention_half(
     """
     kept = (cache.keys, cache.values)
     results = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in (x, *kept)]
-    arrays = (x, *_arrays(norm, qkv, out), *map(_or_nothing, rotation or (None, None)))
+    arrays = (x, *_arrays(norm, qkv, out), *map(or_nothing, rotation or (None, None)))
     first = len(arrays)
     call = _call("attention_half", results, input_output_aliases={first: 1, first + 1: 2})
     y, keys, values = call(
@@ -147,7 +148,7 @@ def attention_half(
         cache.lengths,
         **_of_norm(norm),
         heads=np.int64(heads),
-        **_of_attention(scale, window),
+        **of_attention(scale, window),
     )
     return y, LayerCache(keys, values, cache.lengths + x.shape[1])
 
@@ -169,21 +170,11 @@ def mlp_half(
 
 def _arrays(norm: Normalisation, *weights: Packed) -> tuple[Array, ...]:
     packed = (array for weight in weights for array in (weight.w, *weight[1:]))
-    return tuple(map(_or_nothing, (norm.scale, norm.bias, *packed)))
-
-
-def _or_nothing(array: Array | None) -> Array:
-    """An array of no entries stands for none."""
-    return jnp.zeros((0,), jnp.float32) if array is None else array
+    return tuple(map(or_nothing, (norm.scale, norm.bias, *packed)))
 
 
 def _of_norm(norm: Normalisation) -> dict[str, np.float32 | bool]:
     return {"epsilon": np.float32(norm.epsilon), "centred": norm.centred}
-
-
-def _of_attention(scale: float, window: int | None) -> dict[str, np.number]:
-    most = np.iinfo(np.int32).max if window is None else window
-    return {"window": np.int64(most), "scale": np.float32(scale)}
 
 
 def _call(name: str, results, **options):
