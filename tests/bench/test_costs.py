@@ -39,6 +39,7 @@ def test_the_loop_is_timed():
     assert result.make_batch > 0
     assert 0 <= result.wait_for_batch < result.step
     assert 0 < result.python < result.step * 1.5
+    assert 0 < result.dispatch < result.step * 1.5
     assert 0 < result.fetch < result.step * 10
 
 

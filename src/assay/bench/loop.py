@@ -5,7 +5,7 @@ A real run is trained, and its own calls are timed; nothing is modelled.
 
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,14 +27,16 @@ class Loop:
 
     `step` is wall time; `make_batch` the making of a batch alone, which a thread does beside the
     steps; `wait_for_batch` what the loop waits for one; `python` the processor time of the loop's
-    own thread: Python, dispatch, metrics, all of it; `fetch` the longest fetch of a line's
-    metrics, and what it is of a step.
+    own thread, metrics included, without `dispatch`, which is that thread's in the call of a
+    compiled step: XLA takes and gives every array of the state there (and where the calling
+    thread computes, the step); `fetch` the longest fetch of a line's metrics.
     """
 
     step: float
     make_batch: float
     wait_for_batch: float
     python: float
+    dispatch: float
     fetch: float
     steps: int
 
@@ -58,16 +60,18 @@ class _Lines(Silent):
 
 
 @contextmanager
-def _timed(owner: Any, name: str) -> Iterator[list[tuple[float, float]]]:
-    """(when, seconds) of every call of a function while this lasts."""
+def _timed(
+    owner: Any, name: str, clock: Callable[[], float] = time.perf_counter
+) -> Iterator[list[tuple[float, float]]]:
+    """(when, seconds by the clock) of every call of a function while this lasts."""
     calls, real = [], getattr(owner, name)
 
     def timed(*args, **kwargs):
-        began = time.perf_counter()
+        at, began = time.perf_counter(), clock()
         try:
             return real(*args, **kwargs)
         finally:
-            calls.append((began, time.perf_counter() - began))
+            calls.append((at, clock() - began))
 
     with patch.object(owner, name, timed):
         yield calls
@@ -82,6 +86,7 @@ def bench_loop(run: RunSpec, *, steps: int = 60) -> Loop:
         tempfile.TemporaryDirectory() as folder,
         _timed(loader.Batches, "__next__") as waits,
         _timed(jax, "device_get") as fetches,
+        _timed(jax.stages.Compiled, "__call__", time.thread_time) as dispatches,
     ):
         train(run, Path(folder) / "run", reporter=lines)
     # Behind the last line come the last steps, a checkpoint and the score: not the loop's.
@@ -91,11 +96,13 @@ def bench_loop(run: RunSpec, *, steps: int = 60) -> Loop:
     def inside(calls):
         return [seconds for at, seconds in calls if began < at < ended]
 
+    dispatch = 1e3 * sum(inside(dispatches)) / counted
     return Loop(
         step=1e3 * (ended - began) / counted,
         make_batch=1e3 * _making(run),
         wait_for_batch=1e3 * sum(inside(waits)) / counted,
-        python=1e3 * (after - before) / counted,
+        python=1e3 * (after - before) / counted - dispatch,
+        dispatch=dispatch,
         fetch=1e3 * max(inside(fetches)),
         steps=counted,
     )

@@ -41,7 +41,8 @@ def bench_loop(model: str, run: "RunSpec", as_json: bool) -> None:
             ("a step of the loop, wall time", result.step),
             ("making a batch (a thread does it)", result.make_batch),
             ("waiting for a batch", result.wait_for_batch),
-            ("Python and dispatch, processor time", result.python),
+            ("Python, processor time", result.python),
+            ("dispatch of the step, processor time", result.dispatch),
             ("the longest fetch of a line's metrics", result.fetch),
         ):
             table.add_row(name, f"{value:,.3f}", f"{value / result.step:.1%}")
