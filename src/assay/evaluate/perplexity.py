@@ -24,6 +24,7 @@ import numpy as np
 from jaxtyping import Array, Float32, Int32
 
 from assay.errors import AssayError
+from assay.model.layers import use_cpu_kernels
 from assay.model.loss import token_losses
 from assay.model.sharding import constrain
 from assay.model.transformer import Transformer
@@ -154,7 +155,8 @@ def row_losses(
         positions=batch.get("positions"),
         segment_ids=batch.get("segment_ids"),
     )
-    nats = jnp.sum(token_losses(logits, batch["targets"]) * batch["weights"], axis=-1)
+    losses = token_losses(logits, batch["targets"], use_cpu_kernels(model.compute))
+    nats = jnp.sum(losses * batch["weights"], axis=-1)
     scored = jnp.sum(batch["weights"] > 0, axis=-1, dtype=jnp.int32)
     return constrain(nats, None), constrain(scored, None)  # every process reads them
 
