@@ -250,7 +250,7 @@ def test_windows():
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"num_attention_heads": 3}, "heads: found 3"),
-        ({"vocab_size": "many"}, "vocab_size: found 'many'"),
+        ({"vocab_size": "many"}, "vocab_size is 'many'"),
         ({"model_type": "qwen3", "layer_types": ["full_attention"]}, "layer_types has 1 entries"),
         ({"model_type": "qwen3", "layer_types": ["chunked"] * 2}, "layer_types has 'chunked'"),
         (
