@@ -168,6 +168,7 @@ void Matmul(const Call& call) {
   auto da = call.in[0].dimensions(), dc = call.out[0].dimensions();
   const int64_t r = dc.size(), m = dc[r - 2], n = dc[r - 1], k = da[r - (ta ? 2 : 1)];
   const int64_t batch = Before(dc, 2);
+  if (m * n == 0) return;
   auto *pa = call.In<D>(0), *pb = call.In<D>(1);
   auto* pc = call.Out<D>(0);
   // The longer side of c is cut, at whole registers; the other factor is read by every task.
@@ -458,8 +459,10 @@ void NormBackward(const Call& call) {
   const int64_t width = call.in[0].dimensions().back(), rows = Before(call.in[0].dimensions(), 1);
   const Vector scale(call.in[1], rows, width, 1);
   const bool centred = call.Of<bool>("centred");
-  // Each part of the rows that share a vector has its own sums for the gradients of vectors.
-  const int64_t vectors = rows / scale.rows, parts = Parts(call.pool, scale.rows, width);
+  // Each part of the rows that share a vector has its own sums for the gradients of vectors. As
+  // many parts whatever the threads are, so that a run goes on with the same bits on any number.
+  const int64_t vectors = Before(call.in[1].dimensions(), 1);
+  const int64_t parts = scale.rows * width < kFew ? 1 : std::min<int64_t>(scale.rows, 64);
   std::vector<float> sums(vectors * parts * 2 * width);
   Run(call.pool, vectors * parts, [&](int64_t part) {
     float* __restrict by_scale = sums.data() + part * 2 * width;
@@ -508,11 +511,17 @@ void LogSumExp(const Call& call) {
     for (int64_t i = rows * part / parts; i < rows * (part + 1) / parts; ++i) {
       auto* __restrict x = call.In<D>(0) + i * width;
       float most = D::Read(x[0]), sum = 0;
-#pragma omp simd reduction(max : most)
-      for (int64_t j = 0; j < width; ++j) most = most > D::Read(x[j]) ? most : D::Read(x[j]);
+      int nan = 0;
+#pragma omp simd reduction(max : most) reduction(| : nan)
+      for (int64_t j = 0; j < width; ++j) {
+        const float z = D::Read(x[j]);
+        most = most > z ? most : z;
+        nan |= z != z;
+      }
 #pragma omp simd reduction(+ : sum)
       for (int64_t j = 0; j < width; ++j) sum += Exp(D::Read(x[j]) - most);
-      call.Out<Float32>(0)[i] = std::isfinite(most) ? most + std::log(sum) : most;
+      const float result = std::isfinite(most) ? most + std::log(sum) : most;
+      call.Out<Float32>(0)[i] = nan ? NAN : result;
     }
   });
 }

@@ -51,7 +51,7 @@ def _build() -> tuple[bool, str]:
         jax.ffi.register_ffi_target("assay_blas", jax.ffi.pycapsule(compiled.make), platform="cpu")
     except NotCompiledError as error:
         return False, f"XLA computes all of training: {error}"
-    return True, f"Products and attention are computed by {whose}."
+    return True, f"Training is computed in C++, products by {whose}."
 
 
 def usable() -> bool:

@@ -25,7 +25,7 @@ SOURCES = {
 }
 """Files of this folder, and what each wants of the compiler."""
 FLAGS = ("-march=native", "-pthread", "-std=c++20", "-shared", "-fPIC", "-w")
-MKL = ("libmkl_intel_lp64.so", "libmkl_sequential.so", "libmkl_core.so")
+MKL = ("libmkl_intel_lp64", "libmkl_sequential", "libmkl_core")
 _compiling = threading.Lock()
 
 
@@ -96,8 +96,9 @@ def mkl() -> tuple[str, ...]:
     PyTorch's products, which have an MKL of their own, then run in one thread.
     """
     folder = Path(sys.prefix) / "lib"
-    found = [max(folder.glob(f"{name}.*"), default=None) for name in MKL]
-    if not all(found) or not processor_is("GenuineIntel"):
+    core = max(folder.glob("libmkl_core.so.*"), default=None)
+    found = [] if core is None else [folder / core.name.replace(MKL[-1], name) for name in MKL]
+    if not found or not all(map(Path.is_file, found)) or not processor_is("GenuineIntel"):
         return ()
     return ("-DMKL", "-Wl,--no-as-needed", *map(str, found), f"-Wl,-rpath,{folder}")
 

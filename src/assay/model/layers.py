@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Key
 
 from assay.model import blas
@@ -30,6 +31,9 @@ def along_last(vector: Float[Array, "d"], x: Float[Array, "*b d"]) -> Float[Arra
 
 # ---------------------------------------------------------------------------- products
 
+
+PRODUCT = "product"
+"""What policies of remat know a product with a weight by that is no `dot_general`."""
 
 CpuKernels = bool | Literal["blas"]
 """Whether the forms that suit XLA's CPU backend are used; "blas": and `blas.py` where it can be."""
@@ -52,7 +56,7 @@ def product(
     """x @ w, or x @ w.T for a `transposed` (N, K) weight; (..., K) -> (..., N), in x's dtype."""
     w = w.astype(x.dtype)
     if cpu == "blas" and blas.multiplies(x.dtype) and blas.usable():
-        return _blas_product(x, w, transposed)
+        return checkpoint_name(_blas_product(x, w, transposed), PRODUCT)
     if cpu:
         return _cpu_product(x, w, transposed)
     return jnp.einsum("...k,nk->...n" if transposed else "...k,kn->...n", x, w)
@@ -231,7 +235,7 @@ _cpu_activate.defvjp(_cpu_activate_forward, _cpu_activate_backward)
 
 
 def glu(gate: Float[Array, "*b f"], up: Float[Array, "*b f"], activation: Activation, *, cpu=False):
-    """activation(gate) * up (arXiv:2002.05202), in their dtype."""
+    """activation(gate) * up (arXiv:2002.05202), of their dtype."""
     if _by_blas(gate, activation, cpu):
         return blas.activate(gate, up, activation, True)
     if cpu:

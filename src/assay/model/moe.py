@@ -23,10 +23,19 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Float32, Int32, Key
 
 from assay.model import blas
-from assay.model.layers import Mlp, activate, along_last, glu, use_cpu_kernels
+from assay.model.layers import (
+    MANY_ROWS,
+    PRODUCT,
+    Mlp,
+    activate,
+    along_last,
+    glu,
+    use_cpu_kernels,
+)
 from assay.model.sharding import constant_parameter, constrain, on_each_device, parameter
 from assay.spec.model import MlpSpec, MoeSpec, RouterSpec, WeightInit
 from assay.spec.run import ComputeSpec
@@ -328,7 +337,11 @@ def ragged_layout(
     return Layout(
         slots.reshape(b * t, k),
         (places,),
-        lambda x, w: (blas.grouped if by_blas else jax.lax.ragged_dot)(x, w, sizes),
+        lambda x, w: (
+            checkpoint_name(blas.grouped(x, w, sizes), PRODUCT)
+            if by_blas
+            else jax.lax.ragged_dot(x, w, sizes)
+        ),
         lambda bias: bias[owner],
     )
 
@@ -813,7 +826,7 @@ class Moe(nnx.Module):
                 placed = across.to_experts(placed)
             y = experts(placed, layout.product, layout.spread, across)
             return combine(y if across is None else across.from_experts(y), layout, weights)
-        sort = self._sorted(x.dtype)
+        sort = self._sorted(x)
         if ways == 1:
             layout = sort(choices, kept, e)
             y = experts(dispatch(x, layout), layout.product, layout.spread, across)
@@ -830,9 +843,10 @@ class Moe(nnx.Module):
         y = combine(y, inner, jnp.ones(inner.slots.shape, jnp.float32))
         return combine(across.from_experts(y[None]), layout, weights)
 
-    def _sorted(self, dtype: jnp.dtype) -> Callable[..., Layout]:
+    def _sorted(self, x: Float[Array, "n d"]) -> Callable[..., Layout]:
         """The layout of choices sorted by expert that is fastest where this is traced."""
-        by_blas = self.cpu == "blas" and blas.multiplies(dtype) and blas.usable()
+        by_blas = self.cpu == "blas" and blas.multiplies(x.dtype) and blas.usable()
+        by_blas = by_blas and x.shape[0] >= MANY_ROWS  # a few would not keep all threads busy
         ragged = by_blas or jax.default_backend() != "cpu"
         if self.dispatch == "ragged" or (self.dispatch == "auto" and ragged):
             return partial(ragged_layout, by_blas=by_blas)

@@ -19,6 +19,7 @@ from assay.errors import AssayError, did_you_mean
 from assay.model.attention import Attention, Geometry, geometry
 from assay.model.cache import Cache, LayerCache, SourceCache
 from assay.model.layers import (
+    PRODUCT,
     Linear,
     Mlp,
     Norm,
@@ -44,10 +45,11 @@ from assay.spec.model import (
 from assay.spec.run import ComputeSpec
 
 _kept = jax.checkpoint_policies
+_and_products = partial(_kept.save_from_both_policies, _kept.save_only_these_names(PRODUCT))
 REMAT = {
     "block": _kept.nothing_saveable,
-    "weights": _kept.dots_with_no_batch_dims_saveable,
-    "dots": _kept.dots_saveable,
+    "weights": _and_products(_kept.dots_with_no_batch_dims_saveable),
+    "dots": _and_products(_kept.dots_saveable),
     "offload": _kept.offload_dot_with_no_batch_dims("device", "pinned_host"),
 }
 """What the backward pass finds of a block beside its input, by `ComputeSpec.remat`."""

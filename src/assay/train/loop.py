@@ -181,8 +181,11 @@ def _train(
     example = joined(next(batches))
     batches.restore(position)
 
+    device, precision = jax.config.jax_default_device, jax.config.jax_default_matmul_precision
+
     def compiled_update():
-        with use_mesh(mesh):  # which is a thread's own
+        # What is a thread's own in JAX.
+        with use_mesh(mesh), jax.default_device(device), jax.default_matmul_precision(precision):
             return update.lower(shapes, example, np.float32(0)).compile()
 
     # Traced there too: on a CPU that may first have to wait until C++ is compiled (`blas.py`).

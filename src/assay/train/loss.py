@@ -81,9 +81,10 @@ def sums(
     cpu: CpuKernels = False,
 ) -> tuple[Float32[Array, ""], Float32[Array, ""]]:
     """(objective, cross-entropy), each summed over tokens by their weights."""
-    losses = token_losses(logits, targets, cpu)
+    smooth = spec.label_smoothing or spec.z_loss  # then XLA's log sum exp, once for both
+    losses = token_losses(logits, targets, cpu and not smooth)
     objective = losses
-    if spec.label_smoothing or spec.z_loss:
+    if smooth:
         log_z = jax.nn.logsumexp(logits, axis=-1)
         uniform = log_z - jnp.mean(logits, axis=-1)  # cross-entropy against the uniform
         objective = losses + spec.label_smoothing * (uniform - losses)
