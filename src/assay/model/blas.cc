@@ -1,6 +1,7 @@
 // Training's heavy parts on a CPU: products with weights and attention by a BLAS, MKL as it is
-// linked or SciPy's as a pointer; norms and activations, each in one pass over memory. blas.py compiles this
-// where there is a compiler, and says what each call computes; without it XLA does the same.
+// linked or SciPy's as a pointer; norms and activations, each in one pass over memory. blas.py
+// compiles this where there is a compiler, and says what each call computes; without it XLA does
+// the same.
 //
 // All matrices are row-major, M rows, K summed, N columns. B batch, T queries, S keys, H heads,
 // G kv heads, C head width.
@@ -335,8 +336,13 @@ void ValuesAndSlopes(int64_t kind, int64_t n, const float* __restrict x, float* 
 
 constexpr int64_t kFew = 1 << 14;  // entries: fewer take less time than another thread to come
 
-int64_t Parts(ffi::ThreadPool& pool, int64_t rows, int64_t width) {
-  return rows * width < kFew ? 1 : std::min(rows, 4 * Threads(pool));
+// Calls f(row) for each row, in parts that threads take.
+template <class F>
+void EachRow(const Call& call, int64_t rows, int64_t width, const F& f) {
+  const int64_t parts = rows * width < kFew ? 1 : std::min(rows, 4 * Threads(call.pool));
+  Run(call.pool, parts, [&](int64_t part) {
+    for (int64_t i = rows * part / parts; i < rows * (part + 1) / parts; ++i) f(i);
+  });
 }
 
 // Where the rows of an activation lie: `up`, if any, multiplies act(x); it is the second array,
@@ -359,47 +365,43 @@ constexpr int64_t kPart = 1024;  // of a row at a time: it stays in the first ca
 template <class D>
 void Activate(const Call& call) {
   const Gated d(call, call.out[0].dimensions());
-  const int64_t parts = Parts(call.pool, d.rows, d.width);
-  Run(call.pool, parts, [&](int64_t part) {
+  EachRow(call, d.rows, d.width, [&](int64_t i) {
     float z[kPart], a[kPart];
-    for (int64_t i = d.rows * part / parts; i < d.rows * (part + 1) / parts; ++i)
-      for (int64_t from = 0; from < d.width; from += kPart) {
-        const int64_t n = std::min(kPart, d.width - from);
-        auto* __restrict x = call.In<D>(0) + i * d.x_row + from;
-        auto* __restrict up = d.apart ? call.In<D>(1) + i * d.up_row + from : x + d.width;
-        auto* __restrict y = call.Out<D>(0) + i * d.width + from;
-        Each(n, [&](int64_t j) { z[j] = D::Read(x[j]); });
-        Values(d.kind, n, z, a);
-        if (d.gated) Each(n, [&](int64_t j) { y[j] = D::Write(a[j] * D::Read(up[j])); });
-        else Each(n, [&](int64_t j) { y[j] = D::Write(a[j]); });
-      }
+    for (int64_t from = 0; from < d.width; from += kPart) {
+      const int64_t n = std::min(kPart, d.width - from);
+      auto* __restrict x = call.In<D>(0) + i * d.x_row + from;
+      auto* __restrict up = d.apart ? call.In<D>(1) + i * d.up_row + from : x + d.width;
+      auto* __restrict y = call.Out<D>(0) + i * d.width + from;
+      Each(n, [&](int64_t j) { z[j] = D::Read(x[j]); });
+      Values(d.kind, n, z, a);
+      if (d.gated) Each(n, [&](int64_t j) { y[j] = D::Write(a[j] * D::Read(up[j])); });
+      else Each(n, [&](int64_t j) { y[j] = D::Write(a[j]); });
+    }
   });
 }
 
 template <class D>
 void ActivateBackward(const Call& call) {
   const Gated d(call, call.in[2].dimensions());
-  const int64_t parts = Parts(call.pool, d.rows, d.width);
-  Run(call.pool, parts, [&](int64_t part) {
+  EachRow(call, d.rows, d.width, [&](int64_t i) {
     float z[kPart], a[kPart], da[kPart];
-    for (int64_t i = d.rows * part / parts; i < d.rows * (part + 1) / parts; ++i)
-      for (int64_t from = 0; from < d.width; from += kPart) {
-        const int64_t n = std::min(kPart, d.width - from);
-        auto* __restrict x = call.In<D>(0) + i * d.x_row + from;
-        auto* __restrict dx = call.Out<D>(0) + i * d.x_row + from;
-        auto* __restrict g = call.In<D>(2) + i * d.width + from;
-        auto* __restrict up = d.apart ? call.In<D>(1) + i * d.up_row + from : x + d.width;
-        auto* __restrict d_up = d.apart ? call.Out<D>(1) + i * d.up_row + from : dx + d.width;
-        Each(n, [&](int64_t j) { z[j] = D::Read(x[j]); });
-        ValuesAndSlopes(d.kind, n, z, a, da);
-        if (d.gated)
-          Each(n, [&](int64_t j) {
-            const float by_y = D::Read(g[j]);
-            dx[j] = D::Write(by_y * D::Read(up[j]) * da[j]);
-            d_up[j] = D::Write(by_y * a[j]);
-          });
-        else Each(n, [&](int64_t j) { dx[j] = D::Write(D::Read(g[j]) * da[j]); });
-      }
+    for (int64_t from = 0; from < d.width; from += kPart) {
+      const int64_t n = std::min(kPart, d.width - from);
+      auto* __restrict x = call.In<D>(0) + i * d.x_row + from;
+      auto* __restrict dx = call.Out<D>(0) + i * d.x_row + from;
+      auto* __restrict g = call.In<D>(2) + i * d.width + from;
+      auto* __restrict up = d.apart ? call.In<D>(1) + i * d.up_row + from : x + d.width;
+      auto* __restrict d_up = d.apart ? call.Out<D>(1) + i * d.up_row + from : dx + d.width;
+      Each(n, [&](int64_t j) { z[j] = D::Read(x[j]); });
+      ValuesAndSlopes(d.kind, n, z, a, da);
+      if (d.gated)
+        Each(n, [&](int64_t j) {
+          const float by_y = D::Read(g[j]);
+          dx[j] = D::Write(by_y * D::Read(up[j]) * da[j]);
+          d_up[j] = D::Write(by_y * a[j]);
+        });
+      else Each(n, [&](int64_t j) { dx[j] = D::Write(D::Read(g[j]) * da[j]); });
+    }
   });
 }
 
@@ -427,30 +429,27 @@ void Norm(const Call& call) {
   const Vector scale(call.in[1], rows, width, 1), bias(call.in[2], rows, width, 0);
   const bool centred = call.Of<bool>("centred");
   const float epsilon = call.Of<float>("epsilon");
-  const int64_t parts = Parts(call.pool, rows, width);
-  Run(call.pool, parts, [&](int64_t part) {
-    for (int64_t i = rows * part / parts; i < rows * (part + 1) / parts; ++i) {
-      auto* __restrict x = call.In<D>(0) + i * width;
-      auto* __restrict y = call.Out<D>(0) + i * width;
-      const float *__restrict times = scale(i), *__restrict plus = bias(i);
-      float mean = 0, square = 0;
-      if (centred) {
+  EachRow(call, rows, width, [&](int64_t i) {
+    auto* __restrict x = call.In<D>(0) + i * width;
+    auto* __restrict y = call.Out<D>(0) + i * width;
+    const float *__restrict times = scale(i), *__restrict plus = bias(i);
+    float mean = 0, square = 0;
+    if (centred) {
 #pragma omp simd reduction(+ : mean)
-        for (int64_t j = 0; j < width; ++j) mean += D::Read(x[j]);
-        mean /= width;
-      }
-#pragma omp simd reduction(+ : square)
-      for (int64_t j = 0; j < width; ++j) {
-        const float z = D::Read(x[j]) - mean;
-        square += z * z;
-      }
-      const float rate = 1.f / std::sqrt(square / width + epsilon);
-      call.Out<Float32>(1)[2 * i] = mean;
-      call.Out<Float32>(1)[2 * i + 1] = rate;
-      Each(width, [&](int64_t j) {
-        y[j] = D::Write((D::Read(x[j]) - mean) * rate * times[j] + plus[j]);
-      });
+      for (int64_t j = 0; j < width; ++j) mean += D::Read(x[j]);
+      mean /= width;
     }
+#pragma omp simd reduction(+ : square)
+    for (int64_t j = 0; j < width; ++j) {
+      const float z = D::Read(x[j]) - mean;
+      square += z * z;
+    }
+    const float rate = 1.f / std::sqrt(square / width + epsilon);
+    call.Out<Float32>(1)[2 * i] = mean;
+    call.Out<Float32>(1)[2 * i + 1] = rate;
+    Each(width, [&](int64_t j) {
+      y[j] = D::Write((D::Read(x[j]) - mean) * rate * times[j] + plus[j]);
+    });
   });
 }
 
@@ -506,23 +505,20 @@ void NormBackward(const Call& call) {
 template <class D>
 void LogSumExp(const Call& call) {
   const int64_t width = call.in[0].dimensions().back(), rows = Before(call.in[0].dimensions(), 1);
-  const int64_t parts = Parts(call.pool, rows, width);
-  Run(call.pool, parts, [&](int64_t part) {
-    for (int64_t i = rows * part / parts; i < rows * (part + 1) / parts; ++i) {
-      auto* __restrict x = call.In<D>(0) + i * width;
-      float most = D::Read(x[0]), sum = 0;
-      int nan = 0;
+  EachRow(call, rows, width, [&](int64_t i) {
+    auto* __restrict x = call.In<D>(0) + i * width;
+    float most = D::Read(x[0]), sum = 0;
+    int nan = 0;
 #pragma omp simd reduction(max : most) reduction(| : nan)
-      for (int64_t j = 0; j < width; ++j) {
-        const float z = D::Read(x[j]);
-        most = most > z ? most : z;
-        nan |= z != z;
-      }
-#pragma omp simd reduction(+ : sum)
-      for (int64_t j = 0; j < width; ++j) sum += Exp(D::Read(x[j]) - most);
-      const float result = std::isfinite(most) ? most + std::log(sum) : most;
-      call.Out<Float32>(0)[i] = nan ? NAN : result;
+    for (int64_t j = 0; j < width; ++j) {
+      const float z = D::Read(x[j]);
+      most = most > z ? most : z;
+      nan |= z != z;
     }
+#pragma omp simd reduction(+ : sum)
+    for (int64_t j = 0; j < width; ++j) sum += Exp(D::Read(x[j]) - most);
+    const float result = std::isfinite(most) ? most + std::log(sum) : most;
+    call.Out<Float32>(0)[i] = nan ? NAN : result;
   });
 }
 
@@ -726,7 +722,7 @@ bool Made(const Call& call, std::string_view what) {
   return true;
 }
 
-// One handler of all calls: each of its own would take as long to compile as what it calls.
+// One handler of all calls: XLA's templates take long to compile for each handler.
 ffi::Error Make(ffi::ThreadPool pool, ffi::RemainingArgs in, ffi::RemainingRets out,
                 ffi::Dictionary how) {
   Call call{pool, {}, {}, how};

@@ -142,7 +142,6 @@ def attends(dtype: jnp.dtype, bias: tuple[int, ...]) -> bool:
     return dtype in TYPES and bias[1] == 1
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def attend(
     q: Float[Array, "b t h c"],
     k: Float[Array, "b s g c"],
@@ -156,30 +155,9 @@ def attend(
 
     `causal` and `window` say which keys the bias hides by place, so that they are not read.
     """
-    return _attend_forward(q, k, v, bias, scale, causal, window)[0]
+    return _attend((q, k, v), bias, q.shape, scale, causal, window)
 
 
-def _attend_forward(q, k, v, bias, scale, causal, window):
-    b, t, h, _ = q.shape
-    results = (
-        jax.ShapeDtypeStruct(q.shape, q.dtype),
-        jax.ShapeDtypeStruct((b, h, t, 2), jnp.float32),  # the largest score; 1 / sum of exp
-    )
-    how = _how(scale, causal, window)
-    y, kept = _call("attend", results, q, k, v, bias, **how, together=False)
-    return y, (q, k, v, bias, y, kept)
-
-
-def _attend_backward(scale, causal, window, saved, g):
-    results = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in saved[:3]]
-    how = _how(scale, causal, window)
-    return (*_call("attend_backward", results, *saved, g, **how, together=False), None)
-
-
-attend.defvjp(_attend_forward, _attend_backward)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5, 6))
 def attend_together(
     qkv: Float[Array, "b t n"],
     bias: Float32[Array, "#b 1 #t t"],
@@ -190,31 +168,34 @@ def attend_together(
     window: int | None = None,
 ) -> Float[Array, "b t h c"]:
     """`attend` of queries, keys and values that lie side by side, as one product made them."""
-    return _attend_together_forward(qkv, bias, heads, width, scale, causal, window)[0]
+    return _attend((qkv,), bias, (*qkv.shape[:2], heads, width), scale, causal, window)
 
 
-def _attend_together_forward(qkv, bias, heads, width, scale, causal, window):
-    b, t, _ = qkv.shape
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
+def _attend(arrays, bias, shape, scale, causal, window):
+    """`arrays` are queries, keys and values, or one with all; the result has the `shape`."""
+    return _attend_forward(arrays, bias, shape, scale, causal, window)[0]
+
+
+def _attend_forward(arrays, bias, shape, scale, causal, window):
+    b, t, h, _ = shape
     results = (
-        jax.ShapeDtypeStruct((b, t, heads, width), qkv.dtype),
-        jax.ShapeDtypeStruct((b, heads, t, 2), jnp.float32),
+        jax.ShapeDtypeStruct(shape, arrays[0].dtype),
+        jax.ShapeDtypeStruct((b, h, t, 2), jnp.float32),  # the largest score; 1 / sum of exp
     )
-    how = _how(scale, causal, window)
-    y, kept = _call("attend", results, qkv, bias, **how, together=True)
-    return y, (qkv, bias, y, kept)
+    how = of_attention(scale, window) | {"causal": causal, "together": len(arrays) == 1}
+    y, kept = _call("attend", results, *arrays, bias, **how)
+    return y, (arrays, bias, y, kept)
 
 
-def _attend_together_backward(heads, width, scale, causal, window, saved, g):
-    result = jax.ShapeDtypeStruct(saved[0].shape, saved[0].dtype)
-    how = _how(scale, causal, window)
-    return _call("attend_backward", result, *saved, g, **how, together=True), None
+def _attend_backward(shape, scale, causal, window, saved, g):
+    arrays, *rest = saved
+    results = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays]
+    how = of_attention(scale, window) | {"causal": causal, "together": len(arrays) == 1}
+    return tuple(_call("attend_backward", results, *arrays, *rest, g, **how)), None
 
 
-attend_together.defvjp(_attend_together_forward, _attend_together_backward)
-
-
-def _how(scale: float, causal: bool, window: int | None) -> dict[str, np.number | bool]:
-    return of_attention(scale, window) | {"causal": causal}
+_attend.defvjp(_attend_forward, _attend_backward)
 
 
 # ---------------------------------------------------------------------------- norms, activations
@@ -274,19 +255,23 @@ def activate(
 def _activate_forward(x, up, activation, gated):
     width = x.shape[-1] // (2 if gated and up is None else 1)
     result = jax.ShapeDtypeStruct((*x.shape[:-1], width), x.dtype)
-    how = {"activation": np.int64(ACTIVATIONS.index(activation)), "gated": gated}
+    how = _of_activation(activation, gated)
     return _call("activate", result, x, or_nothing(up), **how), (x, up)
 
 
 def _activate_backward(activation, gated, saved, g):
     x, up = saved[0], or_nothing(saved[1])
     results = [jax.ShapeDtypeStruct(y.shape, y.dtype) for y in (x, up)]
-    how = {"activation": np.int64(ACTIVATIONS.index(activation)), "gated": gated}
+    how = _of_activation(activation, gated)
     dx, d_up = _call("activate_backward", results, x, up, g, **how)
     return dx, None if saved[1] is None else d_up
 
 
 activate.defvjp(_activate_forward, _activate_backward)
+
+
+def _of_activation(activation: str, gated: bool) -> dict[str, np.number | bool]:
+    return {"activation": np.int64(ACTIVATIONS.index(activation)), "gated": gated}
 
 
 def logsumexp(x: Float[Array, "*b v"]) -> Float32[Array, "*b"]:

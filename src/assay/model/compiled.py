@@ -25,7 +25,8 @@ SOURCES = {
 }
 """Files of this folder, and what each wants of the compiler."""
 FLAGS = ("-march=native", "-pthread", "-std=c++20", "-shared", "-fPIC", "-w")
-MKL = ("libmkl_intel_lp64", "libmkl_sequential", "libmkl_core")
+MKL = ("intel_lp64", "sequential", "core")
+"""What MKL is linked of: integers of 32 bits, one thread."""
 _compiling = threading.Lock()
 
 
@@ -97,8 +98,10 @@ def mkl() -> tuple[str, ...]:
     """
     folder = Path(sys.prefix) / "lib"
     core = max(folder.glob("libmkl_core.so.*"), default=None)
-    found = [] if core is None else [folder / core.name.replace(MKL[-1], name) for name in MKL]
-    if not found or not all(map(Path.is_file, found)) or not processor_is("GenuineIntel"):
+    if core is None or not processor_is("GenuineIntel"):
+        return ()
+    found = [core.with_name(core.name.replace("core", part)) for part in MKL]
+    if not all(map(Path.is_file, found)):
         return ()
     return ("-DMKL", "-Wl,--no-as-needed", *map(str, found), f"-Wl,-rpath,{folder}")
 
