@@ -37,8 +37,10 @@ import pytest
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 PROGRAMS = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "assay-tests"
-jax.config.update("jax_compilation_cache_dir", str(PROGRAMS / platform.node()))
-jax.config.update("jax_compilation_cache_max_size", 2**30)  # a size also brings a lock
+PROGRAMS /= platform.node()
+# No size: with one JAX locks the folder and reads all of it at each write, a quarter of a second
+# at 7,000 programs. Two that write at once cost a warning and a compile (pyproject.toml).
+jax.config.update("jax_compilation_cache_dir", str(PROGRAMS))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
 
 hypothesis.settings.register_profile(
@@ -49,6 +51,13 @@ hypothesis.settings.register_profile(
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
 hypothesis.settings.load_profile("repeatable")
+
+
+def pytest_configure(config):
+    """Programs of code that is no more are forgotten, all at once, before the tests begin."""
+    first = not hasattr(config, "workerinput")  # the process that starts the workers
+    if first and sum(file.stat().st_size for file in PROGRAMS.glob("*")) > 2**30:
+        shutil.rmtree(PROGRAMS)
 
 
 def pytest_collection_modifyitems(items):
