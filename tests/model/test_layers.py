@@ -214,6 +214,17 @@ def test_dropout_keeps_the_mean():
     assert dropout(x, 0.0, jax.random.key(0)) is x
 
 
+def test_dropout_of_whole_rows_and_of_an_odd_width():
+    rows = dropout(jnp.ones((5000, 7)), 0.3, jax.random.key(0), whole=True)
+    assert set(np.asarray((rows == 0).sum(-1)).tolist()) == {0, 7}
+    assert float((rows == 0).mean()) == pytest.approx(0.3, abs=0.02)
+    odd = dropout(jnp.ones((5000, 7)), 0.3, jax.random.key(0)) == 0
+    for column in odd.T:  # the two halves of a word among them
+        assert float(column.mean()) == pytest.approx(0.3, abs=0.02)
+    agree = (odd[:, :, None] == odd[:, None]).mean(0) - jnp.eye(7) * (1 - 0.58)
+    np.testing.assert_allclose(agree, 0.58, atol=0.03)  # 0.3 ** 2 + 0.7 ** 2: independent
+
+
 # ---------------------------------------------------------------------------- feed-forward
 
 

@@ -11,6 +11,7 @@ from assay.model.cache import empty_cache
 from assay.model.ngrams import ngram_rows, preceding
 from assay.model.transformer import Transformer, named_parameters
 from assay.spec import accounting, presets
+from assay.train.step import uses_randomness
 
 PLAIN = presets.shrink(presets.get("llama-3-8b").model)
 SPEC = PLAIN.at("embedding.ngrams", {"orders": [3, 2], "rows": 5000})  # of 3 hashed, of 2 exact
@@ -92,3 +93,23 @@ def test_the_check_passes():
     report = check(SPEC)
     assert report.passed, report
     assert "these n-grams are not in the batch" in str(report)
+
+
+def test_dropout_falls_on_whole_rows_of_each_order_alone():
+    spec = SPEC.at("embedding.ngrams", {"orders": [3, 2], "rows": 5000, "dropout": 0.5})
+    embedding = Transformer(spec, rngs=jax.random.key(0)).embedding
+    tokens = jnp.asarray(np.random.default_rng(1).integers(0, spec.vocab_size, (20, 50)), jnp.int32)
+    positions = jnp.arange(50)
+    parts = []  # what each order adds to a token's vector
+    for kept in (0, 1):
+        other = jax.tree.map(lambda x: x, embedding)
+        other.ngrams[1 - kept][...] = jnp.zeros_like(other.ngrams[1 - kept][...])
+        whole = other(tokens, positions, None) - other.rows(tokens)
+        trained = other(tokens, positions, jax.random.key(2)) - other.rows(tokens)
+        gone = np.asarray(jnp.all(trained == 0, axis=-1))
+        np.testing.assert_allclose(trained[~gone], 2 * whole[~gone], atol=1e-5)
+        assert gone.mean() == pytest.approx(0.5, abs=0.07)
+        parts.append(gone)
+    assert (parts[0] == parts[1]).mean() == pytest.approx(0.5, abs=0.07)
+    assert uses_randomness(spec)
+    assert not uses_randomness(SPEC)

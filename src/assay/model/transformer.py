@@ -103,11 +103,13 @@ class Embedding(nnx.Module):
         """`cache` holds these tokens already, behind its valid slots."""
         x = self.rows(tokens)
         if self.ngrams is not None:
-            orders = self.spec.ngrams.orders
+            orders, rate = self.spec.ngrams.orders, self.spec.ngrams.dropout
             before = preceding(tokens, max(orders) - 1, segment_ids=segment_ids, cache=cache)
             for order, table in zip(orders, self.ngrams, strict=True):
                 last = (tokens, *before[: order - 1])
-                x = x + table_rows(table, ngram_rows(last, table.shape[0], self.vocab_size))
+                row = table_rows(table, ngram_rows(last, table.shape[0], self.vocab_size))
+                order_key = None if key is None else jax.random.fold_in(key, order)
+                x = x + dropout(row, rate, order_key, whole=True)
         if self.spec.positions.kind == "learned":
             added = table_rows(self.positions, positions)
             x = x + (added if added.ndim == 3 else added[None])
@@ -377,6 +379,8 @@ class Stack(nnx.Module):
 
         if self.compute.remat != "none":
             run = jax.checkpoint(run, policy=REMAT[self.compute.remat])
+        if isinstance(x, jax.core.Tracer):
+            run = jax.jit(run)  # traced once for layers that are alike; XLA writes it out for each
         period, records = len(self.stacked), []
         if period and cache is None:
 

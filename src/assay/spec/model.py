@@ -600,10 +600,14 @@ class Ngrams(Spec):
     For each n of `orders` a table, whose row of the last n tokens is added to a token's vector.
     It has a row for every n-gram, places before the first token included, where those are at most
     `rows`; else so many rows, over which a hash spreads the n-grams: some share one.
+
+    `dropout` falls on whole rows, each token's and order's alone. A text that is read several
+    times is else learnt by heart; so the model must do with what is before a rare n-gram.
     """
 
     orders: tuple[Annotated[int, Field(ge=2)], ...] = (2, 3)
     rows: PositiveInt = 16384
+    dropout: Probability = 0.0
 
     @model_validator(mode="after")
     def _different(self):
@@ -626,6 +630,11 @@ class EmbeddingSpec(Spec):
     scale_by_sqrt_width: bool = False
     norm: NormSpec | None = None
     dropout: Probability = 0.0
+
+    @property
+    def drops(self) -> bool:
+        """Whether anything is dropped in training."""
+        return self.dropout > 0 or (self.ngrams is not None and self.ngrams.dropout > 0)
 
 
 class HeadSpec(Spec):

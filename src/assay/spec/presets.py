@@ -941,7 +941,9 @@ register(
 small_char = vary(
     nano,
     vocab_size=65,
-    embedding=EmbeddingSpec(ngrams=Ngrams(), dropout=0.1),
+    embedding=EmbeddingSpec(
+        ngrams=Ngrams(orders=(2, 3, 4, 5), rows=32768, dropout=0.4), dropout=0.1
+    ),
     block={"attention": {"kv_heads": None}},
 )
 register(
@@ -954,7 +956,7 @@ register(
         data=DataSpec(tokenizer=CharTokenizerSpec(), seq_len=256, batch_size=16),
         optimizer=MuonSpec(lr=0.02, adam_lr=5e-3, weight_decay=0.1),
         schedule=LinearSchedule(warmup=20),
-        train=TrainSpec(budget=BudgetSpec(amount=1200), eval_every=300),
+        train=TrainSpec(budget=BudgetSpec(amount=1200), eval_every=1200),
         compute=ComputeSpec(dtype="bfloat16"),
     ),
 )

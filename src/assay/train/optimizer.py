@@ -77,12 +77,16 @@ def make_optimizer(
     return optax.chain(clip_by_global_norm(spec.clip), main)
 
 
+global_norm = jax.jit(optax.tree.norm)
+"""The norm of all leaves as one vector; jitted, as a step asks twice and traces it once."""
+
+
 def clip_by_global_norm(limit: float) -> optax.GradientTransformation:
     """Optax's, as one factor on all: a division of each would be a pass over memory of its own."""
 
     def update(updates, state, params=None):
         del params
-        factor = jnp.minimum(1.0, limit / optax.tree.norm(updates))
+        factor = jnp.minimum(1.0, limit / global_norm(updates))
         return jax.tree.map(lambda g: g * factor, updates), state
 
     return optax.GradientTransformation(optax.clip_by_global_norm(limit).init, update)

@@ -18,6 +18,7 @@ from assay.train.loss import count_tokens, summed_objective
 from assay.train.optimizer import (
     balance_rates,
     balanced,
+    global_norm,
     make_optimizer,
     parameter_kinds,
     schedule_factor,
@@ -120,7 +121,7 @@ def make_step(run: RunSpec, abstract_model: Transformer) -> Step:
         metrics = {
             **logged,
             "objective": objective,
-            "grad_norm": optax.tree.norm(grads),
+            "grad_norm": global_norm(grads),
             "lr": factor * run.optimizer.lr,
             "tokens": tokens,
         }
@@ -181,6 +182,6 @@ def uses_randomness(model: TransformerSpec) -> bool:
         return router.kind == "noisy_top_k" or (router.kind == "top_k" and router.jitter > 0)
 
     embeddings = (model.embedding, model.source_embedding)
-    if any(embedding is not None and embedding.dropout > 0 for embedding in embeddings):
+    if any(embedding is not None and embedding.drops for embedding in embeddings):
         return True
     return any(draws(block) for _, block in model.layers())
