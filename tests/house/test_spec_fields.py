@@ -429,7 +429,8 @@ CASES: dict[str, Case] = {
     **name_all("EmbeddingSpec", models(PLAIN, "embedding", {
         "positions": "learned", "ngrams": {"rows": 64}, "scale_by_sqrt_width": True,
         "norm": {"kind": "rmsnorm"}, "dropout": 0.5})),
-    **name_all("Ngrams", models(NGRAMS, "embedding.ngrams", {"orders": [2, 3], "rows": 65})),
+    **name_all("Ngrams", models(NGRAMS, "embedding.ngrams", {
+        "orders": [2, 3], "rows": 65, "dropout": 0.5})),
     **name_all("HeadSpec", models(PLAIN, "head", {
         "tied": False, "bias": True, "softcap": 1.0, "scale_by_inverse_sqrt_width": True})),
     **name_all("TransformerSpec", models(PLAIN, "", {
