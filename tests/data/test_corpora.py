@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from assay.data import cache, corpora, shards
 from assay.data.corpora import Document, Segment, TextCorpus, open_corpus, split
-from assay.errors import AssayError
+from assay.errors import AssayError, need_extra
 
 
 def corpus_of(*texts):
@@ -259,7 +259,7 @@ def test_optional_packages_are_named(tmp_path, monkeypatch):
     monkeypatch.setenv("ASSAY_CACHE", str(tmp_path))
     monkeypatch.setitem(sys.modules, "datasets", None)
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    with pytest.raises(AssayError, match=r"pip install 'assay\[data\]'"):
+    with pytest.raises(AssayError, match=r"'uv pip install -e \.\[data\]', in Assay's"):
         list(open_corpus("hf:some/set"))
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
     with pytest.raises(AssayError, match=r"needs the package 'pyarrow'"):
@@ -344,3 +344,14 @@ def test_split_of_shards_is_by_tokens(tmp_path):
 def test_too_short_to_split():
     with pytest.raises(AssayError, match="1 bytes are too few"):
         split(corpus_of("a"), 0.1)
+
+
+def test_a_cached_file_can_be_read_by_whom_the_umask_lets(tmp_path):
+    (tmp_path / "plain").write_bytes(b"any file")
+    cache.write(tmp_path / "cached", b"ours")
+    modes = [(tmp_path / name).stat().st_mode for name in ("plain", "cached")]
+    assert modes[0] == modes[1]
+
+
+def test_the_group_parity_is_named_as_a_group():
+    assert "uv pip install --group parity'" in str(need_extra("torch", "parity", "Timing"))

@@ -1,7 +1,7 @@
 """Files that can be made again: where they lie, and how none is ever seen half written."""
 
 import os
-import tempfile
+import secrets
 from pathlib import Path
 
 from assay.errors import AssayError
@@ -20,13 +20,13 @@ def write(path: Path, content: bytes) -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        draft = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
         try:
-            with os.fdopen(handle, "wb") as file:
+            with draft.open("xb") as file:  # for whom the umask says; tempfile's are the owner's
                 file.write(content)
-            os.replace(draft, path)
+            draft.replace(path)
         except BaseException:
-            Path(draft).unlink(missing_ok=True)
+            draft.unlink(missing_ok=True)
             raise
     except OSError as error:
         raise cannot_write(path, error) from None

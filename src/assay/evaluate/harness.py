@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from assay.data.tokenizers import Tokenizer
-from assay.errors import AssayError, did_you_mean
+from assay.errors import AssayError, did_you_mean, need_extra
 from assay.evaluate.likelihood import loglikelihoods
 from assay.generate.text import complete_batch
 from assay.model.transformer import Transformer
@@ -34,9 +34,7 @@ def harness_model(
         from lm_eval.models.utils import normalize_gen_kwargs
         from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
     except ImportError:
-        raise AssayError(
-            "--harness: it needs the 'harness' extra; pip install 'assay[harness]'."
-        ) from None
+        raise need_extra("lm_eval", "harness", "--harness") from None
     if tokenizer.bos_id is None:
         raise AssayError("--harness: the tokenizer has no token that starts a document.")
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from assay.data.tokenizers import Tokenizer
-from assay.errors import AssayError, did_you_mean
+from assay.errors import AssayError, did_you_mean, how_to_get, need_extra
 from assay.evaluate.likelihood import Request, loglikelihoods
 from assay.model.transformer import Transformer
 
@@ -224,8 +224,8 @@ def _of_hub(task: Task) -> list[Document]:
         import datasets
     except ImportError:
         raise AssayError(
-            "--task: data sets of the Hub need the 'data' extra; pip install 'assay[data]', or "
-            "name a local file by --task-data."
+            f"--task: data sets of the Hub need the package 'datasets', which is not installed "
+            f"({how_to_get('data')}); or name a local file by --task-data."
         ) from None
     path, configs, split = task.hub
     found = []
@@ -253,9 +253,7 @@ def _read(path: Path) -> Iterator[Document]:
         try:
             import pyarrow.parquet
         except ImportError:
-            raise AssayError(
-                f"{path}: parquet needs the 'data' extra; pip install 'assay[data]'."
-            ) from None
+            raise need_extra("pyarrow", "data", f"{path}: parquet") from None
         try:
             yield from pyarrow.parquet.read_table(path).to_pylist()
         except (OSError, ValueError) as error:

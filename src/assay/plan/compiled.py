@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 
-from assay.errors import AssayError
+from assay.errors import AssayError, need_extra
 from assay.plan.topology import Topology
 from assay.spec.run import RunSpec
 
@@ -63,9 +63,7 @@ def compile_step(run: RunSpec, topology: Topology) -> Compiled:
             fit, or the mesh does not divide a shape.
     """
     if find_spec("libtpu") is None:
-        raise AssayError(
-            "plan: compiling for TPUs needs the 'plan' extra; pip install 'assay[plan]'."
-        )
+        raise need_extra("libtpu", "plan", "plan: compiling for TPUs")
     with _no_cloud():
         import jax
         import jax.numpy as jnp
