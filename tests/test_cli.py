@@ -59,6 +59,22 @@ def test_show_tells_what_an_architecture_costs(last_json, assay):
     assert "124,439,808" in out
 
 
+def test_plan_says_what_it_planned(last_json, assay, monkeypatch):
+    from assay.plan import planner
+
+    monkeypatch.setattr(planner, "can_compile", lambda topology: False)
+    assert last_json("plan", "nano", "--set", "data.seq_len=128")["seq_len"] == 128
+    small = assay("plan", "nano")[1]
+    assert "0.00 GiB" not in small
+    assert "1 sequence " in small
+    large = ("plan", "gpt2", "--topology", "v5e:2x2")
+    assert "not compiled: the TPU's compiler, libtpu, is not installed" in assay(*large)[1]
+    assert "(list price; --price sets yours)" in assay(*large)[1]
+    asked = assay(*large, "--no-compile", "--price", "3")[1]
+    assert "at $3.00 a chip-hour\n" in asked
+    assert "not compiled" not in asked
+
+
 def test_show_tells_what_mup_changes(last_json, assay):
     """nano is 256 wide: four times the base."""
     mup = 'model.mup={"base_width": 64}'
@@ -91,9 +107,10 @@ def test_what_cannot_be_done_is_refused_before_minutes_are_spent(
     assert found in err
 
 
-def test_corpora_are_listed(last_json):
+def test_corpora_are_listed(last_json, assay):
     names = [row["name"] for row in last_json("corpora")["corpora"]]
     assert {"python-docs", "python-stdlib", "shakespeare"} <= set(names)
+    assert "…" not in assay("corpora")[1]
 
 
 @pytest.mark.parametrize(
@@ -148,6 +165,10 @@ def test_train_generate_eval_and_train_again(last_json, assay, corpus, tmp_path)
     [
         (["train", "nanoo"], "did you mean 'nano'"),
         (["train"], "PRESET"),
+        (["train", "--resume"], "--resume: name the run's folder by --out"),
+        (["check", "mqa", "--out", "picture.png"], "--out: it changes nothing without"),
+        (["check", "mqa", "--widths", "64,128"], "--widths: it changes nothing without"),
+        (["check", "mqa", "--coordinates", "--full"], "--full: it changes nothing with"),
         (["train", "nano", "--set", "model.decoder.num_layrs=2"], "did you mean 'num_layers'?"),
         (["train", "nano", "--set", "model.num_layers=2"], "at decoder.num_layers"),
         (["train", "nano", "--set", "model.decoder.pattern.*.attention.kv_heads=3"], "divide"),

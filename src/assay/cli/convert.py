@@ -82,7 +82,7 @@ def convert(
             "destination": f"{result.destination} ({result.format})",
             "parameters": f"{result.params:,}",
             "weights": dtypes,
-            "verified": result.note
+            "verified": f"no: {result.note}"
             if difference is None
             else f"logits differ by at most {difference:.2e}, of {result.tolerance:.2e} allowed",
         }

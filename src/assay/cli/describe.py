@@ -78,7 +78,8 @@ def corpora(as_json: Json = False) -> None:
         for name, what in PAIRS.items()
     ]
     if not as_json:
-        table = Table("name", "size", "network", "what it is", box=None)
+        table = Table("name", "size", "network", box=None)
+        table.add_column("what it is", overflow="fold")
         for row in rows:
             network = "needed" if row["needs_network"] else ""
             size = f"{row['size'] / 1e6:.1f} MB" if row["size"] else "-"

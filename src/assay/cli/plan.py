@@ -7,7 +7,7 @@ from rich.table import Table
 
 from assay.cli.application import Json, Model, Settings, app, changes_of, emit, mesh_of, out
 from assay.cli.describe import run_of
-from assay.errors import AssayError
+from assay.errors import AssayError, how_to_get
 
 RUNNERS_UP = 7
 """Plans that a search shows behind the first."""
@@ -63,7 +63,7 @@ def plan(
     if free := "data.batch_size" not in changes:
         changes["data.batch_size"] = machine.devices
     run = run_of(model, changes)
-    if seq_len is None:
+    if "data.seq_len" not in changes:
         run = run.at("data.seq_len", run.model.context)
 
     from assay.plan import planner
@@ -78,7 +78,7 @@ def plan(
     else:
         best, others = planner.make_plan(run, machine, remat, compile=compile), []
     if not as_json:
-        _print(model, best, others)
+        _print(model, best, others, asked=compile, priced=price is not None)
     data = best.as_json() | {"model": model}
     if search:
         data["runners_up"] = [other.as_json() | {"model": model} for other in others]
@@ -112,7 +112,7 @@ def _what_would_fit(run, machine, mesh) -> str:
     return f"{sentence}: take more chips, or larger ones."
 
 
-def _print(model: str, plan, others) -> None:
+def _print(model: str, plan, others, *, asked: bool, priced: bool) -> None:
     data, chip, console = plan.as_json(), plan.topology.chip, out()
     verdict = "[green]fits[/]" if plan.fits else "[red]does not fit[/]"
     axes = ", ".join(f"{axis}={size}" for axis, size in data["mesh"].items()) or "one device"
@@ -152,7 +152,8 @@ def _print(model: str, plan, others) -> None:
     if data["dollars_per_billion_tokens"] is not None:
         console.print(
             f"${data['dollars_per_billion_tokens']:,.2f} a billion tokens at "
-            f"${chip.price:.2f} a chip-hour (list price; --price sets yours)"
+            f"${chip.price:.2f} a chip-hour"
+            + ("" if priced else " (list price; --price sets yours)")
         )
     elif chip.name != "cpu":
         console.print(f"no list price of {chip.kind}: --price gives the cost")
@@ -164,6 +165,10 @@ def _print(model: str, plan, others) -> None:
         console.print(
             f"compiled in {data['compiler']['seconds']:.0f} s; collectives: {parts or 'none'}; "
             f"{data['compiler']['pallas_kernels']} Pallas kernels"
+        )
+    elif asked and plan.topology.is_tpu and not data["compiled"]:
+        console.print(
+            f"not compiled: the TPU's compiler, libtpu, is not installed: {how_to_get('plan')}"
         )
     if others:
         if not plan.fits:
@@ -194,7 +199,7 @@ def _print_serving(data: dict, topology) -> None:
     table.add_column("what", style="bold")
     table.add_column("GiB", justify="right")
     table.add_row(f"parameters, {data['dtype']}", _size(serving["parameters"]))
-    table.add_row(f"KV cache, {data['batch_size']} sequences", _size(serving["kv_cache"]))
+    table.add_row(f"KV cache, {_sequences(data['batch_size'])}", _size(serving["kv_cache"]))
     console.print(table)
     console.print(
         f"KV cache: {serving['kv_bytes_per_token']:,} bytes a token, "
@@ -209,5 +214,12 @@ def _batch(run) -> str:
     return f"{run.data.batch_size}" + (f" in {parts}" if parts > 1 else "")
 
 
+def _sequences(count: int) -> str:
+    return f"{count:,} sequence" + ("s" if count != 1 else "")
+
+
 def _size(size: float) -> str:
+    """In GiB; in MiB where that would be 0.0 something."""
+    if size < 0.1 * 2**30:
+        return f"{size / 2**20:,.2f} MiB"
     return f"{size / 2**30:,.2f} GiB"

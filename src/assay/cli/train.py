@@ -91,6 +91,8 @@ def train(
     }
     changes = {path: value for path, value in flags.items() if value is not None}
     changes |= changes_of(settings)
+    if out_folder is None and resume:
+        raise AssayError("--resume: name the run's folder by --out.")
     if out_folder is None and (coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")):
         raise AssayError("--out: name the run's folder; every process must use the same.")
     folder = out_folder or next_folder(preset or "run")

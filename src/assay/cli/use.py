@@ -410,9 +410,12 @@ def check(
         bool, typer.Option("--coordinates", help="muP's check: what grows with the width?")
     ] = False,
     widths: Annotated[
-        str, typer.Option(help="With --coordinates: d_model, the base first.")
-    ] = "64,128,256",
-    updates: Annotated[int, typer.Option(help="With --coordinates.", min=1)] = 4,
+        str | None,
+        typer.Option(help="With --coordinates: d_model, the base first; 64,128,256 if left out."),
+    ] = None,
+    updates: Annotated[
+        int | None, typer.Option(help="With --coordinates; 4 if left out.", min=1)
+    ] = None,
     picture: Annotated[
         Path | None, typer.Option("--out", help="With --coordinates: a .png or .svg to draw.")
     ] = None,
@@ -429,21 +432,26 @@ def check(
 
     Example: assay check nano --coordinates --set optimizer=muon --out coordinates.png
     """
+    changes = changes_of(settings)
     if coordinates:
-        _check_coordinates(model, changes_of(settings), widths, updates, picture, as_json)
+        _refuse_given("with --coordinates", full=full, seed=seed)
+        _check_coordinates(model, changes, widths or "64,128,256", updates or 4, picture, as_json)
         return
+    _refuse_given("without --coordinates", widths=widths, updates=updates, out=picture)
     from assay.evaluate.checks import check as run_checks
     from assay.loading import kind_of, load
     from assay.spec.presets import PRESETS, shrink
 
     if kind_of(model) == "preset":
-        run = PRESETS[model].run.changed(changes_of(settings))
+        run = PRESETS[model].run.changed(changes)
         subject = run.model if full else shrink(run.model)
     else:
+        _refuse_given("of what is no preset", full=full, set=changes)
         subject = load(model).model
     report = run_checks(subject, seed=seed)
     if not as_json:
-        table = Table("", "check", "worst", "where", box=None)
+        table = Table("", "check", "worst", box=None)
+        table.add_column("where", overflow="fold")
         for row in report.checks:
             mark = "[green]✓[/]" if row.passed else "[red]✗[/]"
             table.add_row(mark, row.name, f"{row.worst:.3g}", escape(row.where or row.note or ""))
@@ -451,6 +459,17 @@ def check(
     emit({"model": model, **asdict(report)}, as_json)
     if not report.passed:
         raise typer.Exit(1)
+
+
+def _refuse_given(where: str, **options: Any) -> None:
+    """An option that would change nothing is refused, not passed over.
+
+    Raises:
+        AssayError: of the first that has a value.
+    """
+    for name, value in options.items():
+        if value:
+            raise AssayError(f"--{name}: it changes nothing {where}; leave it out.")
 
 
 def _check_coordinates(

@@ -15,7 +15,7 @@ def missing(source: str, to: str) -> str | None:
         return None
     absent = [name for name in ("torch", "transformers") if find_spec(name) is None]
     if absent:
-        return f"not verified: {' and '.join(absent)} must be installed to compare with"
+        return f"{' and '.join(absent)} must be installed to compare with"
     return None
 
 
