@@ -127,13 +127,16 @@ def _print(results, folder: Path) -> None:
         console.print(table)
     if results.scaling:
         _print_scaling(results.scaling)
+    said = Table.grid(padding=(0, 1))  # so that a line that goes on is indented as it began
     for row in results.rows:
         for flag in row.flags:
-            console.print(f"* {row.name}: {escape(flag)}")
+            said.add_row("*", f"{row.name}: {escape(flag)}")
         for found in row.solved:
-            console.print(f"  {row.name}: {escape(_solution(found))}")
+            said.add_row("", f"{row.name}: {escape(_solution(found))}")
     for note in results.notes:
-        console.print(f"  {escape(note)}")
+        said.add_row("", escape(note))
+    if said.row_count:
+        console.print(said)
     console.print(f"\nreport   {folder / 'report.html'}", soft_wrap=True)
 
 
