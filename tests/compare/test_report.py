@@ -356,6 +356,25 @@ def test_a_wandb_export_is_drawn(tmp_path):
     assert "raw index" in found.scripts["text/javascript"][-1]
 
 
+def test_only_an_earlier_drawing_is_overwritten(tmp_path):
+    export, other, mine = tmp_path / "export.csv", tmp_path / "other", tmp_path / "mine"
+    export.write_text(WANDB)
+    for _ in range(2):
+        draw(export, tmp_path)
+    other.mkdir()
+    for name in ("report.html", "figures"):
+        (other / name).write_text("not Assay's")
+        with pytest.raises(AssayError, match=f"{name}: it is there already"):
+            draw(export, other)
+        assert (other / name).read_text() == "not Assay's"
+        (other / name).unlink()
+    mine.mkdir()
+    (mine / "results.json").write_text("a comparison")
+    with pytest.raises(AssayError, match="it holds a comparison"):
+        draw(export, mine)
+    assert [path.name for path in mine.iterdir()] == ["results.json"]
+
+
 def test_the_second_axis_has_the_raw_index(tmp_path):
     (tmp_path / "export.csv").write_text(WANDB)
     series, _ = read_series(tmp_path / "export.csv")

@@ -54,18 +54,20 @@ def draw(source: Results | Path | str, out: Path | str, *, animate: bool = False
     Of a comparison: `report.html`, `losses.csv`, and `figures/` with each figure as PNG and SVG.
     Of a CSV: `report.html` and `figures/losses.png`, `.svg`. With `animate` also
     `figures/losses.gif`, the losses drawing themselves. Each file is written whole or not at all,
-    and takes the place of an earlier drawing.
+    and takes the place of an earlier drawing, but of nothing else.
 
     Args:
         source: results, a folder that holds results.json, that file, or a CSV.
 
     Raises:
-        AssayError: if there is nothing of that kind to read.
+        AssayError: if there is nothing of that kind to read, or if the folder holds what is no
+            drawing of it.
     """
     out = Path(out)
     if not isinstance(source, Results):
         path = Path(source)
         if path.is_file() and path.suffix.lower() == ".csv":
+            _refuse_others(out, None)
             return _draw_csv(path, out, animate)
         if not path.exists():
             raise AssayError(
@@ -73,7 +75,32 @@ def draw(source: Results | Path | str, out: Path | str, *, animate: bool = False
                 f"{FILE}, or a CSV with columns '<run>{LOSS}'."
             )
         source = read_results(path)
+        _refuse_others(out, path if path.is_dir() else path.parent)
     return _draw_results(source, out, animate)
+
+
+GENERATOR = b'<meta name="generator" content="Assay">'
+
+
+def _refuse_others(out: Path, comparison: Path | None) -> None:
+    """What lies in the folder is kept, unless it is an earlier drawing.
+
+    Raises:
+        AssayError: if it is another comparison's folder, or holds a report or figures of others.
+    """
+    if (out / FILE).exists():
+        if comparison is None or not out.samefile(comparison):
+            raise AssayError(f"{out}: it holds a comparison; name another folder by --out.")
+        return
+    page = out / "report.html"
+    if page.is_file() and GENERATOR in page.read_bytes()[:4096]:
+        return
+    for name in ("report.html", "figures", *(["losses.csv"] if comparison else [])):
+        if (out / name).exists():
+            raise AssayError(
+                f"{out / name}: it is there already, and was not drawn by 'assay report'; nothing "
+                f"is overwritten: name another folder by --out."
+            )
 
 
 # ---------------------------------------------------------------------------- of results
