@@ -28,7 +28,7 @@ help:  ## list the targets
 
 install: $(VENV)/.core  ## the library and its command, into .venv
 
-dev: $(VENV)/.dev  ## every extra that goes together, and what tests, lint and parity need (5 GB)
+dev: $(VENV)/.dev  ## every extra that goes together, and what tests, lint and parity need (9 GB)
 
 test: $(VENV)/.dev  ## the whole test suite
 	$(BIN)/python scripts/fetch_smollm2.py || true  # the test that needs it then says so
@@ -48,7 +48,7 @@ build: $(BIN)/python  ## wheel and sdist, into dist/
 lab: $(VENV)/.lab  ## JupyterLab with Assay in it
 	$(BIN)/jupyter lab
 
-demo: $(VENV)/.core  ## train, sample and compare small models: minutes on a CPU
+demo: $(VENV)/.core  ## a small model trained, scored beside a bigram, and let write: minutes on a CPU
 	$(BIN)/assay demo
 
 compare: $(VENV)/.core  ## dense, grouped-query or experts: trains 9 models, writes runs/quick/report.html
