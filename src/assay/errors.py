@@ -30,11 +30,11 @@ def did_you_mean(name: str, legal: Iterable[str], *, limit: int = 12) -> str:
 def need_extra(package: str, extra: str, purpose: str) -> AssayError:
     """The error for an optional package that is not installed."""
     return AssayError(
-        f"{purpose} needs the package '{package}', which is not installed: {how_to_get(extra)}."
+        f"{purpose} needs the package '{package}', which is not installed; {how_to_get(extra)}."
     )
 
 
 def how_to_get(extra: str) -> str:
     """What installs an extra, or the group `parity`, from a clone: PyPI's `assay` is another's."""
-    option = "--group parity" if extra == "parity" else f"-e .[{extra}]"
-    return f"'make dev', or 'uv pip install {option}', in Assay's folder"
+    option = "--group parity" if extra == "parity" else f"-e '.[{extra}]'"
+    return f"in Assay's folder: make dev, or uv pip install {option}"

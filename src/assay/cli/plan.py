@@ -3,6 +3,7 @@
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from assay.cli.application import Json, Model, Settings, app, changes_of, emit, mesh_of, out
@@ -168,7 +169,8 @@ def _print(model: str, plan, others, *, asked: bool, priced: bool) -> None:
         )
     elif asked and plan.topology.is_tpu and not data["compiled"]:
         console.print(
-            f"not compiled: the TPU's compiler, libtpu, is not installed: {how_to_get('plan')}"
+            "not compiled: the TPU's compiler, libtpu, is not installed; "
+            + escape(how_to_get("plan"))
         )
     if others:
         if not plan.fits:
