@@ -68,8 +68,10 @@ def test_plan_says_what_it_planned(last_json, assay, monkeypatch):
     assert "0.00 GiB" not in small
     assert "1 sequence " in small
     large = ("plan", "gpt2", "--topology", "v5e:2x2")
-    assert "not compiled: the TPU's compiler, libtpu, is not installed" in assay(*large)[1]
-    assert "(list price; --price sets yours)" in assay(*large)[1]
+    said = " ".join(assay(*large)[1].split())
+    assert "libtpu, is not installed; in Assay's folder: make dev, or uv pip install" in said
+    assert "-e '.[plan]'" in said
+    assert "(list price; --price sets yours)" in said
     asked = assay(*large, "--no-compile", "--price", "3")[1]
     assert "at $3.00 a chip-hour\n" in asked
     assert "not compiled" not in asked
@@ -169,6 +171,11 @@ def test_train_generate_eval_and_train_again(last_json, assay, corpus, tmp_path)
         (["check", "mqa", "--out", "picture.png"], "--out: it changes nothing without"),
         (["check", "mqa", "--widths", "64,128"], "--widths: it changes nothing without"),
         (["check", "mqa", "--coordinates", "--full"], "--full: it changes nothing with"),
+        (["generate", "mqa", "--beams", "2", "--top-k", "3"], "--top-k: it changes nothing with"),
+        (["generate", "mqa", "--length-penalty", "2"], "--length-penalty: it changes nothing"),
+        (["eval", "mqa", "--task", "piqa", "--stride", "8"], "--stride: goes with --data"),
+        (["compare", "a.toml", "--pilot", "runs"], "--pilot: it changes nothing without"),
+        (["compare", "a.toml", "--design", "--target-flops", "1e9"], "--target-flops: it changes"),
         (["train", "nano", "--set", "model.decoder.num_layrs=2"], "did you mean 'num_layers'?"),
         (["train", "nano", "--set", "model.num_layers=2"], "at decoder.num_layers"),
         (["train", "nano", "--set", "model.decoder.pattern.*.attention.kv_heads=3"], "divide"),

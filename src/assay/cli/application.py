@@ -116,6 +116,18 @@ def next_folder(name: str) -> Path:
     return folder
 
 
+def refuse_idle(where: str, **options: Any) -> None:
+    """An option that would change nothing is refused, not passed over.
+
+    Raises:
+        AssayError: of the first that has a value.
+    """
+    for name, value in options.items():
+        if value:
+            option = name.replace("_", "-")
+            raise AssayError(f"--{option}: it changes nothing {where}; leave it out.")
+
+
 def refuse_picture(option: str, path: Path | None) -> None:
     """To be asked before minutes are spent on what the picture shows.
 

@@ -8,7 +8,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from assay.cli.application import Json, Quiet, app, emit, next_folder, out, short
+from assay.cli.application import Json, Quiet, app, emit, next_folder, out, refuse_idle, short
 
 PLANNED = "95 %\nplanned-n"  # narrow, so that long names have room
 LAWS = {"chinchilla": "L(N, D) = E + A/N^alpha + B/D^beta", "power": "L(C) = E + A/C^alpha"}
@@ -49,8 +49,10 @@ def compare(
     Example: assay compare examples/compare/quick.toml --out runs/quick
     """
     if design:
+        refuse_idle("with --design", target_flops=target_flops)
         _design(file, out_folder, steps, pilot, on, jobs, as_json)
         return
+    refuse_idle("without --design", pilot=pilot)
     from assay.compare.live import default_watcher
     from assay.compare.runner import compare as run_comparison
 

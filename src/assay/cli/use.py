@@ -19,6 +19,7 @@ from assay.cli.application import (
     changes_of,
     emit,
     out,
+    refuse_idle,
     refuse_picture,
 )
 from assay.errors import AssayError
@@ -66,6 +67,17 @@ def generate(
 
     Example: assay generate runs/first --prompt "The for statement" --temperature 0.7
     """
+    if beams is not None:
+        refuse_idle(
+            "with --beams",
+            temperature=temperature not in (0.0, 1.0),
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty != 1.0,
+        )
+    else:
+        refuse_idle("without --beams", length_penalty=length_penalty != 1.0)
     from assay.generate.engine import Generator
     from assay.generate.text import complete_by_beams, stream_text
     from assay.loading import load
@@ -218,6 +230,9 @@ def evaluate(
         "--include-path": (include_path, ("--harness",)),
         "--fewshot": (fewshot, ("--harness",)),
         "--limit": (limit, ("--task", "--harness")),
+        "--seq-len": (seq_len, ("--data",)),
+        "--stride": (stride, ("--data",)),
+        "--split": (None if split == "held-out" else split, ("--data",)),
     }
     for option, (value, goes_with) in beside.items():
         if value is not None and way not in goes_with:
@@ -434,10 +449,10 @@ def check(
     """
     changes = changes_of(settings)
     if coordinates:
-        _refuse_given("with --coordinates", full=full, seed=seed)
+        refuse_idle("with --coordinates", full=full, seed=seed)
         _check_coordinates(model, changes, widths or "64,128,256", updates or 4, picture, as_json)
         return
-    _refuse_given("without --coordinates", widths=widths, updates=updates, out=picture)
+    refuse_idle("without --coordinates", widths=widths, updates=updates, out=picture)
     from assay.evaluate.checks import check as run_checks
     from assay.loading import kind_of, load
     from assay.spec.presets import PRESETS, shrink
@@ -446,7 +461,7 @@ def check(
         run = PRESETS[model].run.changed(changes)
         subject = run.model if full else shrink(run.model)
     else:
-        _refuse_given("of what is no preset", full=full, set=changes)
+        refuse_idle("of what is no preset", full=full, set=changes)
         subject = load(model).model
     report = run_checks(subject, seed=seed)
     if not as_json:
@@ -459,17 +474,6 @@ def check(
     emit({"model": model, **asdict(report)}, as_json)
     if not report.passed:
         raise typer.Exit(1)
-
-
-def _refuse_given(where: str, **options: Any) -> None:
-    """An option that would change nothing is refused, not passed over.
-
-    Raises:
-        AssayError: of the first that has a value.
-    """
-    for name, value in options.items():
-        if value:
-            raise AssayError(f"--{name}: it changes nothing {where}; leave it out.")
 
 
 def _check_coordinates(
