@@ -5,7 +5,7 @@ import json
 import pytest
 
 from assay.compare.experiment import Entry, Experiment, Plan
-from assay.compare.record import Job, read_run, sentence
+from assay.compare.record import Job, notes, read_run, sentence, surroundings
 from assay.compare.results import Pair, Row
 from assay.spec import presets
 from assay.spec.accounting import flops_per_token
@@ -74,11 +74,11 @@ def pair(a, b, difference, verdict):
     )  # fmt: skip
 
 
-def plan(base=None):
+def plan(base=None, unit="steps"):
     experiment = Experiment.from_data(
         {
             "base": {"preset": "tiny-gpt"},
-            "budget": {"unit": "steps", "amount": 1},
+            "budget": {"unit": unit, "amount": 1},
             "variants": {"a": {}, "b": {}, "c": {}},
             "design": {"base": base} if base else {},
         }
@@ -131,3 +131,54 @@ def test_the_answer_against_a_fixed_base():
         "Against a, with 3 seeds: b (+0.1000 bits per byte, 95 % interval of the difference "
         "+0.0900 to +0.1100) is worse; no difference could be told for c."
     )
+
+
+# ---------------------------------------------------------------------------- at what cost
+
+
+def costing(flops, seconds=(1.0, 1.0)):
+    rows = [row("a", 1.0), row("b", 0.9)]
+    costs = zip(rows, flops, seconds, strict=True)
+    return [r.replace(train_flops=spent, seconds=time) for r, spent, time in costs]
+
+
+@pytest.mark.parametrize(
+    ("unit", "flops", "says"),
+    [
+        ("steps", (1.28e10, 3.4e10), "not at equal cost: b spends 2.7 times a's training FLOPs."),
+        ("tokens", (0.0, 3.4e10), "not at equal cost: b spends training FLOPs, a none."),
+        ("steps", (1e10, 1.09e10), "0.0900 to 0.1100)."),
+        ("flops", (1e10, 2e10), "0.0900 to 0.1100)."),
+        ("seconds", (1e10, 2e10), "0.0900 to 0.1100)."),
+    ],
+)  # fmt: skip
+def test_the_answer_says_where_the_costs_were_not_equal(unit, flops, says):
+    told = sentence(plan(unit=unit), costing(flops), [pair("a", "b", 0.1, "worse")])
+    assert told.endswith(says)
+
+
+FLOPS = (
+    "At equal {unit} the variants do not spend equal training FLOPs: a run of a 1.28e+10, of b "
+    "3.4e+10, 2.7 times as much. budget.unit = 'flops' makes them equal."
+)
+SECONDS = (
+    "At equal {unit} the variants do not spend equal seconds of training: a run of a 1, of b 1.5, "
+    "1.5 times as much. budget.unit = 'seconds' makes them equal."
+)
+
+
+@pytest.mark.parametrize(
+    ("unit", "jobs", "says"),
+    [
+        ("steps", 1, [FLOPS, SECONDS]),
+        ("tokens", 2, [FLOPS]),  # of seconds nothing is known
+        ("flops", 1, [SECONDS]),
+        ("seconds", 1, [FLOPS]),
+    ],
+)
+def test_costs_that_the_budget_left_unequal_are_noted(unit, jobs, says):
+    rows = costing((1.28e10, 3.4e10), (1.0, 1.5))
+    found = notes(plan(unit=unit), rows, surroundings(jobs, 2, "assay compare"))
+    assert [note for note in found if "At equal" in note] == [s.format(unit=unit) for s in says]
+    same = notes(plan(unit=unit), costing((1e10, 1e10)), surroundings(jobs, 2, ""))
+    assert not [note for note in same if "At equal" in note]

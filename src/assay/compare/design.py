@@ -10,7 +10,7 @@ from assay.compare import scaling, statistics
 from assay.compare.experiment import Entry, Plan, tuned
 from assay.compare.pools import Pool
 from assay.compare.results import Pair, read_results
-from assay.compare.sizes import measure
+from assay.compare.sizes import measure, unequal
 from assay.errors import AssayError
 from assay.spec.accounting import planned_steps, training_flops
 
@@ -57,6 +57,7 @@ class Outline:
 
     `seconds` are of all runs one after the other, `jobs` how many will run at once (None: as many
     as a cluster can). `ladders`: by variant, what its ladder can show; empty where there is none.
+    `unequal`: says that the budget leaves the variants' training FLOPs unequal.
     """
 
     costs: tuple[Cost, ...]
@@ -71,6 +72,7 @@ class Outline:
     equivalence_seeds: int | None
     ladders: dict[str, scaling.Scope]
     jobs: int | None
+    unequal: str | None
 
 
 def outline(
@@ -119,7 +121,17 @@ def outline(
         ),
         ladders=_ladders(plan, costs),
         jobs=jobs,
+        unequal=_unequal(plan, costs),
     )
+
+
+def _unequal(plan: Plan, costs: Sequence[Cost]) -> str | None:
+    """Of one run of each row, by rung."""
+    rungs: dict[str | None, dict[str, float]] = {}
+    for entry, cost in zip(plan.entries, costs, strict=True):
+        flops = training_flops(entry.run.model, cost.tokens, entry.run.data.seq_len)
+        rungs.setdefault(entry.rung, {})[entry.name] = flops
+    return unequal(rungs.values(), plan.experiment.budget.unit, "flops")
 
 
 def _ladders(plan: Plan, costs: Sequence[Cost]) -> dict[str, scaling.Scope]:

@@ -28,6 +28,7 @@ from assay.compare.results import (
     Row,
     RunRecord,
 )
+from assay.compare.sizes import far_apart, unequal
 from assay.compare.worker import FAILED
 from assay.spec.accounting import flops_per_token, kv_bytes_per_token, planned_steps
 from assay.spec.run import RunSpec
@@ -261,7 +262,7 @@ def gather(
         features=_features(by_row),
         scaling=study,
         decision=decision,
-        notes=_notes(plan, environment),
+        notes=notes(plan, rows, environment),
     )
 
 
@@ -460,26 +461,39 @@ def write_text(path: Path, text: str) -> None:
     draft.replace(path)
 
 
-def _notes(plan: Plan, environment: Environment) -> tuple[str, ...]:
-    notes = []
+def notes(plan: Plan, rows: Sequence[Row], environment: Environment) -> tuple[str, ...]:
+    """What a reader must know of all rows before believing the answer."""
+    found = _unequal(plan, rows, environment)
     if not environment.seconds_comparable:
-        notes.append(
+        found.append(
             f"{environment.jobs} runs shared the machine at a time, so seconds are no result here; "
             f"running.timed = true runs one at a time."
         )
     if any(entry.differs for entry in plan.entries):
-        notes.append("Rows that differ in more than the model did not all see the same batches.")
+        found.append("Rows that differ in more than the model did not all see the same batches.")
     if plan.experiment.learning_rate.kind == "one" and len(plan.entries) > 1:
-        notes.append(
+        found.append(
             "One learning rate served all variants; the one that suits it best is favoured."
         )
     rate = plan.experiment.learning_rate
     if rate.kind == "mup":
         how = "tuned" if rate.lr is None else "given"
-        notes.append(
+        found.append(
             f"Learning rates were {how} at width {rate.base_width} and carried over by muP."
         )
-    return tuple(notes)
+    return tuple(found)
+
+
+def _unequal(plan: Plan, rows: Sequence[Row], environment: Environment) -> list[str]:
+    """Costs that the budget left unequal; seconds only where they are a result."""
+    unit = plan.experiment.budget.unit
+    done = [row for row in rows if row.seeds]
+    by_rung = [[row for row in done if row.rung == rung] for rung in {row.rung for row in done}]
+    said = [unequal([{r.name: r.train_flops for r in rung} for rung in by_rung], unit, "flops")]
+    if environment.seconds_comparable:
+        clocks = [{row.name: row.seconds for row in rung} for rung in by_rung]
+        said.append(unequal(clocks, unit, "seconds"))
+    return [note for note in said if note is not None]
 
 
 # ---------------------------------------------------------------------------- the environment
@@ -530,10 +544,24 @@ def sentence(
     told = f"with {seeds} seed{'s' if seeds != 1 else ''}"
     if len(rows) == 1:
         return f"{scored[0].name} has {scored[0].val_bpb_mean:.4f} bits per byte {told}."
+    unequal = _at_unequal_cost(plan.experiment.budget.unit, scored)
     if plan.experiment.design.base is not None:
         base = next(row for row in rows if row.variant == plan.experiment.design.base)
-        return _against(base.name, scored[0], pairs, told)
-    return _among([row.name for row in rows], scored, pairs, told)
+        return _against(base.name, scored[0], pairs, told) + unequal
+    return _among([row.name for row in rows], scored, pairs, told) + unequal
+
+
+def _at_unequal_cost(unit: str, rows: Sequence[Row]) -> str:
+    """What must be said with the answer where a budget of steps or tokens left costs unequal."""
+    flops = {row.name: row.train_flops for row in rows}
+    found = far_apart(flops) if unit in ("steps", "tokens") else None
+    if found is None:
+        return ""
+    least, most = found
+    cost = f"{most} spends training FLOPs, {least} none."
+    if flops[least]:
+        cost = f"{most} spends {flops[most] / flops[least]:.2g} times {least}'s training FLOPs."
+    return f" This is at equal {unit}, not at equal cost: {cost}"
 
 
 def _against(base: str, lowest: Row, pairs: Sequence[Pair], told: str) -> str:

@@ -1,6 +1,6 @@
 """Sizes that variants may be asked to share, and a width or depth that makes them equal."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache, partial
 from typing import Any, Literal
 
@@ -18,6 +18,9 @@ COUNTS = ("num_layers", "experts", "heads", "kv_heads")
 MOST = 1 << 20
 """No width or depth is looked for beyond."""
 
+ALIKE = 0.1
+"""Variants whose cost is further apart than this share are said to be unequal."""
+
 
 def measure(run: RunSpec, quantity: Quantity) -> int:
     """Parameters in all, those that one token meets, or training FLOPs a token at its length."""
@@ -28,6 +31,34 @@ def measure(run: RunSpec, quantity: Quantity) -> int:
             return parameters(run.model).active
         case "flops_per_token":
             return flops_per_token(run.model, run.data.seq_len).train
+
+
+def far_apart(amounts: Mapping[str, float]) -> tuple[str, str] | None:
+    """Who has the least and who the most, where they are more than `ALIKE` apart."""
+    if not amounts:
+        return None
+    least, most = min(amounts, key=amounts.__getitem__), max(amounts, key=amounts.__getitem__)
+    return (least, most) if amounts[most] > (1 + ALIKE) * amounts[least] else None
+
+
+def unequal(rungs: Iterable[Mapping[str, float]], unit: str, cost: str) -> str | None:
+    """Says that rows of one rung differ in a cost, and which budget would make it equal.
+
+    Args:
+        rungs: of each rung, what a run of each row spends; the rung that differs most is told of.
+        cost: `flops` or `seconds`, the budget's unit that would make it equal.
+    """
+    found = [(amounts, *ends) for amounts in rungs if (ends := far_apart(amounts))]
+    if not found or unit == cost:
+        return None
+    amounts, least, most = max(found, key=lambda f: f[0][f[2]] / (f[0][f[1]] or 1e-9))
+    what = {"flops": "training FLOPs", "seconds": "seconds of training"}[cost]
+    often = f", {amounts[most] / amounts[least]:.2g} times as much" if amounts[least] else ""
+    return (
+        f"At equal {unit} the variants do not spend equal {what}: a run of {least} "
+        f"{amounts[least]:.3g}, of {most} {amounts[most]:.3g}{often}. budget.unit = '{cost}' "
+        f"makes them equal."
+    )
 
 
 def solve(
