@@ -376,6 +376,16 @@ def test_two_at_work_in_one_folder_is_refused(write, here, tmp_path, monkeypatch
 # ---------------------------------------------------------------------------- Ray
 
 
+@pytest.mark.parametrize(
+    ("on", "says"), [("ray", "needs the package 'ray'"), ("slurm", "legal are ray")]
+)
+def test_where_nothing_can_be_run_nothing_is_written(write, tmp_path, monkeypatch, on, says):
+    monkeypatch.setattr(runner, "find_spec", lambda name: None)
+    with pytest.raises(AssayError, match=says):
+        compare(write(), tmp_path / "out", on=on)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.slow
 def test_a_ray_cluster_gives_the_same_numbers(write, here, tmp_path):
     """One that is started here, whose workers see the folder; Ray forks, so not in this process."""

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from assay.compare.worker import Answer, Task, perform
-from assay.errors import AssayError, need_extra
+from assay.errors import AssayError
 
 TICK = 0.5
 """Seconds between moments to look."""
@@ -150,10 +150,8 @@ class Ray:
         far = address.startswith("ray://")
         if far and _has_token():  # Ray's client alone does not show it of itself
             os.environ.setdefault("RAY_AUTH_MODE", "token")
-        try:
-            import ray  # reads the environment
-        except ImportError:
-            raise need_extra("ray", "ray", "Running on a Ray cluster") from None
+        import ray  # reads the environment
+
         self.ray = ray
         options: dict[str, Any] = {"address": address} if far else {}
         if far:  # the nodes have Assay's dependencies, but perhaps not this Assay

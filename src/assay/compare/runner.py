@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from assay.compare.record import (
 from assay.compare.report import draw, losses_csv
 from assay.compare.results import FILE, CheckRecord, Environment, Results, RunRecord
 from assay.compare.worker import Task
-from assay.errors import AssayError
+from assay.errors import AssayError, need_extra
 from assay.spec import presets
 
 # ---------------------------------------------------------------------------- the whole
@@ -66,6 +67,7 @@ def compare(
     file, out, watcher = Path(file), Path(out), watcher or Silent()
     experiment = read(file)
     jobs = decide_jobs(experiment, jobs, on)
+    check_place(on)
     if target_flops is not None and not experiment.ladder:
         raise AssayError(
             f"--target-flops: {file} has no ladder of sizes to extrapolate from; add at least "
@@ -103,6 +105,7 @@ def design(
     file = Path(file)
     experiment = read(file)
     jobs = decide_jobs(experiment, jobs, on)
+    check_place(on)
     plan = resolve(experiment, file.parent, steps=steps)
     with (
         tempfile.TemporaryDirectory(prefix="assay-") as scratch,
@@ -135,6 +138,20 @@ def decide_jobs(experiment: Experiment, asked: int | None, on: str | None) -> in
     return min(len(free_cores()), runs * max(len(experiment.ladder), 1))
 
 
+def check_place(on: str | None) -> None:
+    """Refuses a place where nothing can be run, before a folder is made.
+
+    Raises:
+        AssayError: if it is no cluster's address; if Ray is not installed.
+    """
+    if on is None:
+        return
+    if on != "ray" and not on.startswith("ray://"):
+        raise AssayError(f"--on {on}: legal are ray (a cluster here) and ray://HOST:PORT.")
+    if find_spec("ray") is None:
+        raise need_extra("ray", "ray", "Running on a Ray cluster")
+
+
 @contextmanager
 def pool_for(
     on: str | None, jobs: int | None, out: Path, held: Sequence[int], experiment: Experiment
@@ -142,10 +159,8 @@ def pool_for(
     """The pool, closed at the end; after an interrupt, once its runs are saved."""
     if on is None:
         pool: Pool = Processes(jobs, out / "log.txt", held)
-    elif on == "ray" or on.startswith("ray://"):
-        pool = Ray(on, jobs, out, experiment.running.gpus)
     else:
-        raise AssayError(f"--on {on}: legal are ray (a cluster here) and ray://HOST:PORT.")
+        pool = Ray(on, jobs, out, experiment.running.gpus)
     try:
         yield pool
     except KeyboardInterrupt:
