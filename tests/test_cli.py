@@ -157,9 +157,29 @@ def test_train_generate_eval_and_train_again(last_json, assay, corpus, tmp_path)
     status, _, err = assay("train", "--resume", "--out", out, "--lr", "0.5")
     assert status == 2
     assert err.startswith("assay: optimizer.lr: 0.5 is not what the run")
-    status, _, err = assay("train", "nano", "--data", corpus, "--steps", 6, "--out", out, *SMALL)
+    assert "was begun with (0.003); --resume goes on" in err
+    _, _, err = assay("train", "--resume", "--out", out, "--tokens", "500")
+    assert err.startswith("assay: train.budget: unit = tokens, amount = 500.0 is not what the run")
+    assert "was begun with (unit = steps, amount = 6.0)" in err
+
+
+def test_a_folder_with_a_run_in_it_says_which_and_how_to_go_on(assay, corpus, tmp_path):
+    out = tmp_path / "run"
+    command = ("train", "nano", "--data", corpus, "--out", out, *SMALL)
+    status, printed, _ = assay(*command, "--steps", 2, "--stop-at", 1)
+    assert status == 0
+    assert f"To go on: assay train --resume --out {out}" in printed
+    status, _, err = assay(*command, "--steps", 2)
     assert status == 2
-    assert "holds another run" in err
+    assert "holds this very run, not finished; go on with it by --resume, or name another" in err
+    _, printed, _ = assay("train", "--resume", "--out", out)
+    assert "to train longer, begin anew with a larger budget and another --out" in printed
+    _, _, err = assay(*command, "--steps", 2)
+    assert "holds this very run, finished; --resume shows its result" in err
+    _, _, err = assay(*command, "--steps", 3)
+    assert "another run (train.budget.amount is 2.0 there, 3.0 here)" in err
+    _, _, err = assay("train", "mqa", "--out", out)
+    assert "holds another run, of 'nano', and nothing is overwritten" in err
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Training a model."""
 
 import os
+import shlex
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -97,6 +98,8 @@ def train(
         raise AssayError("--out: name the run's folder; every process must use the same.")
     folder = out_folder or next_folder(preset or "run")
     run = _configure(preset, changes, folder if resume else None)
+    if not resume and (folder / "run.json").is_file():
+        raise _occupied(folder, run)
     if any(path.startswith("data.tokenizer") for path in changes):
         from assay.data.prepare import refuse_other_tokenizer
 
@@ -154,12 +157,57 @@ def _configure(preset: str | None, changes: dict[str, Any], resumed: Path | None
             f"--resume goes on with what is there."
         )
     for path, value in changes.items():
-        if not path.startswith(RESUMABLE) and held.at(path, value) != held:
-            raise AssayError(
-                f"{path}: {value!r} is not what the run in {resumed} was begun with; "
-                f"--resume goes on with the same settings."
-            )
+        if path.startswith(RESUMABLE) or (wanted := held.at(path, value)) == held:
+            continue
+        found = _differences(held.model_dump(mode="json"), wanted.model_dump(mode="json"))
+        where, before, after = found[0] if len(found) == 1 else (path, *_listed(found, path))
+        raise AssayError(
+            f"{where}: {after} is not what the run in {resumed} was begun with ({before}); "
+            f"--resume goes on with the same settings."
+        )
     return held.changed(changes)
+
+
+def _occupied(folder: Path, run) -> AssayError:
+    """Why nothing is begun where a run is: whether it is this one, and how to go on."""
+    from assay.train.loop import read_result, read_run
+
+    held = read_run(folder)
+    run = run.replace(model=run.model.with_vocab(held.model.vocab_size))  # the tokenizer's
+    found = [
+        difference
+        for difference in _differences(held.model_dump(mode="json"), run.model_dump(mode="json"))
+        if not difference[0].startswith(RESUMABLE)
+    ]
+    if held.preset != run.preset:
+        what = f"it holds another run, of '{held.preset}', and nothing is overwritten"
+        how = "go on with that by --resume"
+    elif found:
+        path, there, here = found[0]
+        what = f"it holds another run ({path} is {there} there, {here} here)"
+        how = "go on with that by --resume without these options"
+    elif read_result(folder) is not None:
+        what, how = "it holds this very run, finished", "--resume shows its result"
+    else:
+        what, how = "it holds this very run, not finished", "go on with it by --resume"
+    return AssayError(f"{folder}: {what}; {how}, or name another folder by --out.")
+
+
+def _differences(a: Any, b: Any, path: str = "") -> list[tuple[str, Any, Any]]:
+    """(dotted path, of a, of b) wherever two nested values of plain data differ."""
+    if isinstance(a, list) and isinstance(b, list):
+        a, b = dict(enumerate(a)), dict(enumerate(b))
+    if not (isinstance(a, dict) and isinstance(b, dict)):
+        return [] if a == b else [(path, a, b)]
+    names = dict.fromkeys([*a, *b])
+    parts = (_differences(a.get(n), b.get(n), f"{path}.{n}".lstrip(".")) for n in names)
+    return [difference for part in parts for difference in part]
+
+
+def _listed(found: list[tuple[str, Any, Any]], path: str) -> tuple[str, str]:
+    """What three differences were, and what they are to be, each named from `path` on."""
+    some = [(name.removeprefix(f"{path}."), a, b) for name, a, b in found[:3]]
+    return tuple(", ".join(f"{entry[0]} = {entry[i]}" for entry in some) for i in (1, 2))
 
 
 def _budget(**amounts: float | None) -> dict[str, Any] | None:
@@ -206,3 +254,14 @@ def _print_result(result) -> None:
     for name, value in rows.items():
         table.add_row(name, value)
     out().print(table)
+    out().print(_what_next(result), soft_wrap=True)
+
+
+def _what_next(result) -> str:
+    folder = shlex.quote(result.out)
+    if not result.finished:
+        return f"\nTo go on: assay train --resume --out {folder}"
+    return (
+        "\nThe schedule has run to its end: to train longer, begin anew with a larger budget and "
+        "another --out."
+    )
