@@ -209,6 +209,10 @@ def test_a_folder_with_a_run_in_it_says_which_and_how_to_go_on(assay, corpus, tm
         (["generate", "gpt2", "--prompt", "x"], "no tokenizer"),
         (["eval", "mqa"], "--data"),
         (["check", "nowhere"], "neither a preset"),
+        (
+            ["convert", "nowhere", "there"],
+            "is neither a folder of a run or of a model, nor a .gguf",
+        ),
     ],
 )
 def test_bad_input_is_one_plain_sentence(assay, tmp_path, monkeypatch, arguments, said):

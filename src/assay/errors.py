@@ -12,7 +12,7 @@ class AssayError(Exception):
     """A mistake in the input, told in one sentence. The command exits with status 2."""
 
 
-def did_you_mean(name: str, legal: Iterable[str], *, limit: int = 12) -> str:
+def did_you_mean(name: object, legal: Iterable[str], *, limit: int = 12) -> str:
     """Ends an error sentence: the nearest legal names, or the legal ones where none is near.
 
     Returns `"did you mean 'a' or 'b'?"` or `"legal are: a, b, c."`, never an empty string.

@@ -44,6 +44,18 @@ def kind_of(model: str | Path) -> str:
     """
     from assay.interop import hub
 
+    if (kind := _known_kind(model)) is not None:
+        return kind
+    raise AssayError(
+        f"'{model}' is neither a preset, nor a folder of a run or of a model, nor a .gguf file, "
+        f"nor an id of the Hugging Face Hub; {did_you_mean(model, [*PRESETS, *hub.PRETRAINED])}"
+    )
+
+
+def _known_kind(model: str | Path) -> str | None:
+    """`kind_of`, or None where the name is that of nothing."""
+    from assay.interop import hub
+
     path, name = Path(model), str(model)
     if (path / "run.json").is_file():
         return "run"
@@ -63,10 +75,7 @@ def kind_of(model: str | Path) -> str:
         return "hub"
     if path.suffix == ".gguf":
         raise AssayError(f"{model}: there is no such file.")
-    raise AssayError(
-        f"'{model}' is neither a preset, nor a folder of a run or of a model, nor a .gguf file, "
-        f"nor an id of the Hugging Face Hub; {did_you_mean(name, [*PRESETS, *hub.PRETRAINED])}"
-    )
+    return None
 
 
 def _kind_of_file(path: Path) -> str:
@@ -136,7 +145,12 @@ def open_source(model: str | Path) -> "Source":
     """
     from assay.interop import convert, hub
 
-    match kind_of(model):
+    match _known_kind(model):
+        case None:
+            raise AssayError(
+                f"'{model}' is neither a folder of a run or of a model, nor a .gguf file, nor an "
+                f"id of the Hugging Face Hub (owner/name), nor {' or '.join(hub.PRETRAINED)}."
+            )
         case "preset":
             raise AssayError(f"{model}: a preset has no weights; train it first.")
         case "run":

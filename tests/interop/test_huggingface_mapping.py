@@ -290,6 +290,27 @@ def test_specs_that_llama_cannot_say(path, value):
         config_from_spec(spec, "llama")
 
 
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        (
+            "nano",
+            "'llama': decoder.pattern.0.attention.qk_norm: found set, legal is none, and 3 more",
+        ),
+        ("alibi-gpt", "'gpt2': decoder.pattern.0.attention.positions: found alibi, legal is none"),
+        ("make-moe", "decoder.pattern.0.feed_forward.router: found noisy_top_k, legal is top_k."),
+        ("tiny-moe", "'mixtral': decoder.pattern.1.feed_forward: found mlp, legal is moe."),
+        ("nano-seq2seq", "'t5': decoder.pattern.0.attention.positions: found rope, legal is rela"),
+        ("bigram", "decoder.num_layers: found 0, legal is at least 1."),
+    ],
+)
+def test_what_no_family_can_hold_is_told_of_the_nearest_in_one_sentence(name, says):
+    with pytest.raises(AssayError, match="no Hugging Face family can hold") as told:
+        family_of(presets.get(name).model)
+    assert says in str(told.value)
+    assert len(str(told.value)) <= 300
+
+
 def test_no_family_at_all():
     with pytest.raises(AssayError, match=r"no Hugging Face family .*gpt2.*llama.*mistral.*qwen3"):
         family_of(presets.get("nano").model)

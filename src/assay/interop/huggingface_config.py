@@ -10,8 +10,9 @@ Source: the configuration and modelling files of `transformers` 5; names and def
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 from assay.errors import AssayError, did_you_mean
@@ -157,15 +158,20 @@ def family_of(spec: TransformerSpec) -> str:
     """The first family that can express this architecture.
 
     Raises:
-        AssayError: if none can; each is named with the first field that it cannot express.
+        AssayError: if none can; the nearest is named, with the first field that it cannot express.
     """
-    reasons = []
+    lost = {}
     for family in CONFIG_FAMILIES:
-        reason = _what_is_lost(spec, family)
-        if reason is None:
+        if not (losses := _losses(spec, family)):
             return family
-        reasons.append(reason)
-    raise AssayError(f"no Hugging Face family can hold this architecture: {'; '.join(reasons)}.")
+        lost[family] = losses
+    nearest = min(lost, key=lambda family: _distance(lost[family]))
+    more = len(lost[nearest]) - 1
+    raise AssayError(
+        f"no Hugging Face family can hold this architecture (of {', '.join(CONFIG_FAMILIES)}); the "
+        f"nearest is '{nearest}': {lost[nearest][0].told(None)}"
+        + (f", and {more} more field{'s differ' if more > 1 else ' differs'}." if more else ".")
+    )
 
 
 def _supported() -> str:
@@ -248,30 +254,60 @@ def _canonical_block(block: BlockSpec, d_model: int) -> BlockSpec:
     return block
 
 
+@dataclass(frozen=True)
+class _Loss:
+    """A field that does not come back from a family's config: what it is, and what it must be.
+
+    `whole`: a part that the family does not have at all; `depth` parts before it were alike.
+    """
+
+    path: str
+    found: str
+    legal: str
+    whole: bool = False
+    depth: int = 0
+
+    def told(self, family: str | None) -> str:
+        whose = "" if family is None else f"which the family '{family}' cannot express; "
+        return f"{self.path}: found {self.found}, {whose}legal is {self.legal}"
+
+
+def _distance(losses: Sequence[_Loss]) -> tuple[bool, int, int]:
+    """How far an architecture is from a family: a part that it lacks is further than any field."""
+    return losses[0].whole, -losses[0].depth, len(losses)
+
+
 def _what_is_lost(spec: TransformerSpec, family: str) -> str | None:
     """The first field that does not come back from this family's config, as a clause."""
-    if (spec.encoder is not None) != (family in ENCODER_FAMILIES):
-        found = "none" if spec.encoder is None else "a stack"
-        return f"encoder: found {found}, which the family '{family}' cannot express"
-    if spec.encoder is not None and not spec.encoder.pattern:
-        return f"encoder.num_layers: found 0, which the family '{family}' cannot express"
+    losses = _losses(spec, family)
+    return losses[0].told(family) if losses else None
+
+
+def _losses(spec: TransformerSpec, family: str) -> list[_Loss]:
+    """All fields that do not come back; of parts that the family lacks, only the first."""
+    whole = partial(_Loss, whole=True)
+    takes = family in ENCODER_FAMILIES
+    if (spec.encoder is not None) != takes:
+        found, legal = ("none", "a stack") if takes else ("a stack", "none")
+        return [whole("encoder", found, legal)]
+    for name, stack in (("encoder", spec.encoder), ("decoder", spec.decoder)):
+        if stack is not None and not stack.pattern:
+            return [whole(f"{name}.num_layers", "0", "at least 1")]
     for i, block in enumerate(spec.decoder.pattern):
-        for part in ("attention", "feed_forward"):
-            kind = getattr(getattr(block, part), "kind", part)
-            experts = kind == "moe"
-            misfit = part == "feed_forward" and experts != (family in EXPERT_FAMILIES)
-            if experts and not misfit and block.feed_forward.router.kind != "top_k":
-                path = f"decoder.pattern.{i}.feed_forward.router"
-                found = block.feed_forward.router.kind
-                return f"{path}: found {found}, which the family '{family}' cannot express"
-            if getattr(block, part) is None or misfit:
-                found = "none" if getattr(block, part) is None else kind
-                path = f"decoder.pattern.{i}.{part}"
-                return f"{path}: found {found}, which the family '{family}' cannot express"
-    if not spec.decoder.pattern:
-        return f"decoder.num_layers: found 0, which the family '{family}' cannot express"
-    if family == "llama" and spec.d_model % spec.decoder.pattern[0].attention.heads:
-        return "decoder.pattern.0.attention.heads: the family 'llama' needs it to divide d_model"
+        path, part = f"decoder.pattern.{i}", block.feed_forward
+        if block.attention is None:
+            return [whole(f"{path}.attention", "none", "attention", depth=3 * i)]
+        legal = "moe" if family in EXPERT_FAMILIES else "mlp"
+        if part is None or part.kind != legal:
+            found = "none" if part is None else part.kind
+            return [whole(f"{path}.feed_forward", found, legal, depth=3 * i + 1)]
+        if legal == "moe" and part.router.kind != "top_k":
+            found, path = part.router.kind, f"{path}.feed_forward.router"
+            return [whole(path, found, "top_k", depth=3 * i + 2)]
+    heads = spec.decoder.pattern[0].attention.heads
+    if family == "llama" and spec.d_model % heads:
+        path = "decoder.pattern.0.attention.heads"
+        return [_Loss(path, str(heads), f"a divisor of d_model ({spec.d_model})")]
     before = canonical(spec)
     after = canonical(spec_from_config(_write(spec, family)))
     layers = zip(before.decoder.blocks(), after.decoder.blocks(), strict=True)
@@ -286,30 +322,33 @@ def _what_is_lost(spec: TransformerSpec, family: str) -> str | None:
             after.replace(decoder=after.decoder.replace(pattern=one)),
         )
     )
-    for path, ours, theirs in pairs:
-        lost = _first_difference(path, ours, theirs)
-        if lost:
-            path, found = lost
-            return f"{path}: found {found}, which the family '{family}' cannot express"
-    return None
+    found = [loss for pair in pairs for loss in _differences(*pair)]
+    first: dict[str, _Loss] = {}
+    for loss in found:
+        first.setdefault(loss.path, loss)
+    return [*first.values()]
 
 
-def _first_difference(path: str, a: Any, b: Any) -> tuple[str, str] | None:
-    """The path of the first leaf at which two specs differ, and a's value there."""
+def _differences(path: str, a: Any, b: Any) -> Iterator[_Loss]:
+    """The leaves at which two specs differ."""
     if isinstance(a, Spec) and type(a) is type(b):
         for name in type(a).model_fields:
             where = f"{path}.{name}".lstrip(".")
-            if lost := _first_difference(where, getattr(a, name), getattr(b, name)):
-                return lost
-        return None
-    if isinstance(a, tuple) and isinstance(b, tuple) and len(a) == len(b):
+            yield from _differences(where, getattr(a, name), getattr(b, name))
+    elif isinstance(a, tuple) and isinstance(b, tuple) and len(a) == len(b):
         for i, pair in enumerate(zip(a, b, strict=True)):
-            if lost := _first_difference(f"{path}.{i}", *pair):
-                return lost
-        return None
-    if a == b:
-        return None
-    return path, "none" if a is None else str(getattr(a, "kind", a))
+            yield from _differences(f"{path}.{i}", *pair)
+    elif a != b:
+        yield _Loss(path, _in_words(a), _in_words(b))
+
+
+def _in_words(value: Any) -> str:
+    """A part by its kind, or as being set; a value as it is written."""
+    if value is None:
+        return "none"
+    if isinstance(value, Spec):
+        return getattr(value, "kind", "set")
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 # ---------------------------------------------------------------------------- parts
