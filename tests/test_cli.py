@@ -77,6 +77,22 @@ def test_plan_says_what_it_planned(last_json, assay, monkeypatch):
     assert "not compiled" not in asked
 
 
+def test_plan_of_a_run_takes_its_batches_and_dtype(last_json, tmp_path):
+    from assay.spec import presets
+
+    changes = {"data.batch_size": 24, "data.seq_len": 48, "compute.dtype": "float32"}
+    run = presets.get("tiny-gpt").run.changed(changes)
+    (tmp_path / "run.json").write_text(json.dumps({"spec": run.model_dump(mode="json")}))
+    fields = ("batch_size", "seq_len", "dtype")
+    planned = last_json("plan", tmp_path)
+    assert [planned[field] for field in fields] == [24, 48, "float32"]
+    asked = ("--batch-size", 2, "--seq-len", 32, "--dtype", "bfloat16")
+    planned = last_json("plan", tmp_path, *asked)
+    assert [planned[field] for field in fields] == [2, 32, "bfloat16"]
+    planned = last_json("plan", "tiny-gpt")
+    assert [planned[field] for field in fields] == [1, run.model.context, "bfloat16"]
+
+
 def test_show_tells_what_mup_changes(last_json, assay):
     """nano is 256 wide: four times the base."""
     mup = 'model.mup={"base_width": 64}'

@@ -29,7 +29,7 @@ Model = Annotated[
 ]
 Settings = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="PATH=VALUE", help="Any field, as model.decoder.num_layers=2."),
+    typer.Option("--set", metavar="PATH=VALUE", help="Any field, as model.d_model=64."),
 ]
 Dtype = Annotated[str, typer.Option(help="float32 or bfloat16.")]
 Seed = Annotated[int, typer.Option(help="Of everything drawn at random.", min=0)]

@@ -24,10 +24,17 @@ def plan(
         str | None, typer.Option(help="Devices by axis: fsdp=16,tensor=4. All fsdp if left out.")
     ] = None,
     batch_size: Annotated[
-        int | None, typer.Option(help="Sequences an update, over all devices.", min=1)
+        int | None,
+        typer.Option(
+            help="Sequences an update, over all devices: the run's, else one a device.", min=1
+        ),
     ] = None,
-    seq_len: Annotated[int | None, typer.Option(help="Tokens a sequence.", min=1)] = None,
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "bfloat16",
+    seq_len: Annotated[
+        int | None, typer.Option(help="Tokens a sequence: the run's, else the context.", min=1)
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32 or bfloat16, the default; of a run, its own.")
+    ] = None,
     optimizer: Annotated[str | None, typer.Option(help="adamw, muon or sgd.")] = None,
     remat: Annotated[
         str, typer.Option(help="What the backward pass computes again; auto: least that fits.")
@@ -49,6 +56,7 @@ def plan(
 
     Example: assay plan llama-3-8b --topology v5p:4x4x4 --mesh fsdp=16,tensor=4 --batch-size 64
     """
+    from assay.loading import kind_of
     from assay.plan.topology import parse_topology, with_price
 
     flags = {
@@ -61,10 +69,14 @@ def plan(
     changes = {path: value for path, value in flags.items() if value is not None}
     machine = with_price(parse_topology(topology), price)
     changes |= changes_of(settings)
-    if free := "data.batch_size" not in changes:
+    free = "data.batch_size" not in changes
+    is_run = kind_of(model) == "run"  # its own batches and dtype, then
+    if free and (search or not is_run):
         changes["data.batch_size"] = machine.devices
+    if not is_run and not {"compute", "compute.dtype"} & changes.keys():
+        changes["compute.dtype"] = "bfloat16"
     run = run_of(model, changes)
-    if "data.seq_len" not in changes:
+    if "data.seq_len" not in changes and not is_run:
         run = run.at("data.seq_len", run.model.context)
 
     from assay.plan import planner
