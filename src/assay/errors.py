@@ -27,6 +27,11 @@ def did_you_mean(name: object, legal: Iterable[str], *, limit: int = 12) -> str:
     return f"legal are: {shown}{', …' if len(legal) > limit else ''}."
 
 
+def counted(number: int, noun: str) -> str:
+    """1 shard, 2 shards."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def need_extra(package: str, extra: str, purpose: str) -> AssayError:
     """The error for an optional package that is not installed."""
     return AssayError(

@@ -165,6 +165,13 @@ def test_text_where_pairs_belong_and_the_reverse(jsonl, tsv, tmp_path):
         list(open_corpus(str(jsonl)))
     with pytest.raises(AssayError, match="there is no such corpus"):
         open_pairs(str(tmp_path / "nothing.tsv"))
+    legal = "encoder: copy-pairs, reverse-pairs, sort-pairs, or a path of .jsonl, .tsv"
+    with pytest.raises(AssayError, match=legal):
+        open_pairs("zzz")
+    with pytest.raises(AssayError, match=r"hf:OWNER/DATASET or .*for a model .* copy-pairs, rev"):
+        open_corpus("zzz")
+    with pytest.raises(AssayError, match="did you mean 'copy-pairs'"):
+        open_pairs("copy-pair")
     nano, reads = PRESETS["nano"].run, PRESETS["t5-small"].run
     with pytest.raises(AssayError, match=r"packing: found pairs, but the model has no"):
         nano.at("data.packing", "pairs")

@@ -167,6 +167,11 @@ def test_learned_positions_end_at_the_context(noisy):
     )
 
 
+def test_one_token_is_not_called_tokens(noisy):
+    with pytest.raises(AssayError, match="1 prompt token and 20 new ones are 21"):
+        generate(noisy(GPT2.replace(context=20)), [[1]], max_new_tokens=20)
+
+
 def test_other_positions_may_run_past_it_with_a_note(nano):
     result = generate(nano, [[1, 2], [3]], max_new_tokens=70)
     assert [len(ids) for ids in result.ids] == [70, 70]

@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from assay.cli.application import Json, Quiet, app, emit, next_folder, out, refuse_idle, short
+from assay.errors import counted
 
 PLANNED = "95 %\nplanned-n"  # narrow, so that long names have room
 LAWS = {"chinchilla": "L(N, D) = E + A/N^alpha + B/D^beta", "power": "L(C) = E + A/C^alpha"}
@@ -209,8 +210,8 @@ def _print_design(plan, found) -> None:
     amounts = [entry.run.train.budget.amount for entry in plan.entries]
     spent = " to ".join(dict.fromkeys(f"{end:g}" for end in (min(amounts), max(amounts))))
     console.print(
-        f"{found.runs} runs: {len(found.costs)} rows, {found.seeds} "
-        f"seed{'s' if found.seeds != 1 else ''} each, "
+        f"{counted(found.runs, 'run')}: {counted(len(found.costs), 'row')}, "
+        f"{counted(found.seeds, 'seed')} each, "
         f"{spent} {plan.experiment.budget.unit} a run."
     )
     table = Table(box=None)

@@ -10,6 +10,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 
 from assay.cli.application import Json, Quiet, app, emit, out, progress_options, short
+from assay.errors import counted
 
 data = typer.Typer(help="Make a corpus ready for training.", no_args_is_help=True)
 app.add_typer(data, name="data")
@@ -71,11 +72,12 @@ def prepare(
     seconds = time.perf_counter() - start
     if not as_json:
         about, made = manifest["tokenizer"], len(manifest["shards"])
+        documents = counted(manifest["documents"], "document")
         table = Table(box=None, show_header=False)
         table.add_column(style="bold")
         rows = {
-            "folder": f"{folder}: {made} shards, {manifest['kept']} of them kept",
-            "text": f"{manifest['text_bytes']:,} bytes, {manifest['documents']:,} documents",
+            "folder": f"{folder}: {counted(made, 'shard')}, {manifest['kept']} of them kept",
+            "text": f"{manifest['text_bytes']:,} bytes, {documents}",
             "tokens": f"{short(manifest['tokens'])} ({manifest['dtype']}, {manifest['format']})",
             "tokenizer": f"{about['kind']}, {about['vocab_size']:,} ids ({about['file']})",
             "time": f"{seconds:.1f} s",

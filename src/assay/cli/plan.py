@@ -8,7 +8,7 @@ from rich.table import Table
 
 from assay.cli.application import Json, Model, Settings, app, changes_of, emit, mesh_of, out
 from assay.cli.describe import run_of
-from assay.errors import AssayError, how_to_get
+from assay.errors import AssayError, counted, how_to_get
 
 RUNNERS_UP = 7
 """Plans that a search shows behind the first."""
@@ -107,7 +107,7 @@ def _what_would_fit(run, machine, mesh) -> str:
     sentence = f"plan: nothing that was tried fits {where} at {data.seq_len:,} tokens a sequence"
     best = planner.least(run, machine, mesh)
     if best is None:
-        return f"{sentence}: no mesh is legal for {data.batch_size} sequences."
+        return f"{sentence}: no mesh is legal for {counted(data.batch_size, 'sequence')}."
     sizes = best.as_json()["mesh"].items()
     axes = ", ".join(f"{axis}={size}" for axis, size in sizes) or "one device"
     sentence += (
@@ -213,7 +213,9 @@ def _print_serving(data: dict, topology) -> None:
     table.add_column("what", style="bold")
     table.add_column("GiB", justify="right")
     table.add_row(f"parameters, {data['dtype']}", _size(serving["parameters"]))
-    table.add_row(f"KV cache, {_sequences(data['batch_size'])}", _size(serving["kv_cache"]))
+    table.add_row(
+        f"KV cache, {counted(data['batch_size'], 'sequence')}", _size(serving["kv_cache"])
+    )
     console.print(table)
     console.print(
         f"KV cache: {serving['kv_bytes_per_token']:,} bytes a token, "
@@ -226,10 +228,6 @@ def _batch(run) -> str:
     """Sequences an update, and in how many parts."""
     parts = run.train.accumulate
     return f"{run.data.batch_size}" + (f" in {parts}" if parts > 1 else "")
-
-
-def _sequences(count: int) -> str:
-    return f"{count:,} sequence" + ("s" if count != 1 else "")
 
 
 def _size(size: float) -> str:

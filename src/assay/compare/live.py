@@ -12,6 +12,7 @@ from rich.table import Table
 from assay.compare.experiment import Plan
 from assay.compare.record import Job
 from assay.compare.results import RunRecord
+from assay.errors import counted
 
 Progress = Mapping[str, tuple[float, dict[str, Any]]]
 """By run: the share of its budget that is spent, and its last line of metrics."""
@@ -56,7 +57,7 @@ class Screen:
         self.before = len(self.records)
         left = len(jobs) - self.before
         self.note(
-            f"{what.capitalize()}: {left} runs"
+            f"{what.capitalize()}: {counted(left, 'run')}"
             + (f", {self.before} done before." if self.before else ".")
         )
         if self.console.is_terminal and left:
@@ -101,7 +102,7 @@ class Screen:
     def _title(self) -> str:
         done = len(self.records)
         fresh, passed = done - self.before, time.monotonic() - self.began
-        title = f"{done} of {len(self.jobs)} runs"
+        title = f"{done} of {counted(len(self.jobs), 'run')}"
         if fresh and done < len(self.jobs):
             title += f", about {_clock(passed / fresh * (len(self.jobs) - done))} left"
         return title

@@ -30,6 +30,7 @@ from assay.compare.results import (
 )
 from assay.compare.sizes import far_apart, unequal
 from assay.compare.worker import FAILED
+from assay.errors import counted
 from assay.spec.accounting import flops_per_token, kv_bytes_per_token, planned_steps
 from assay.spec.run import RunSpec
 
@@ -541,7 +542,7 @@ def sentence(
     if not scored:
         return "No run has finished yet."
     seeds = len(min((row.seeds for row in scored), key=len))
-    told = f"with {seeds} seed{'s' if seeds != 1 else ''}"
+    told = f"with {counted(seeds, 'seed')}"
     if len(rows) == 1:
         return f"{scored[0].name} has {scored[0].val_bpb_mean:.4f} bits per byte {told}."
     unequal = _at_unequal_cost(plan.experiment.budget.unit, scored)

@@ -35,7 +35,7 @@ from assay.compare.record import (
 from assay.compare.report import draw, losses_csv
 from assay.compare.results import FILE, CheckRecord, Environment, Results, RunRecord
 from assay.compare.worker import Task
-from assay.errors import AssayError, need_extra
+from assay.errors import AssayError, counted, need_extra
 from assay.spec import presets
 
 # ---------------------------------------------------------------------------- the whole
@@ -272,7 +272,9 @@ class Comparison:
             if key not in known
         ]
         if tasks:
-            self.watcher.note(f"Checking {len(tasks)} architectures: do they see the future?")
+            self.watcher.note(
+                f"Checking {counted(len(tasks), 'architecture')} for sight of the future."
+            )
         for done in pool.run(tasks):
             if done is not None:
                 task, answer = done

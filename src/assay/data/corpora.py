@@ -300,11 +300,13 @@ def open_corpus(name: str) -> Corpus:
     return TokenCorpus(name, joined)
 
 
-def files_of(name: str, suffixes: tuple[str, ...] = (*TEXT, *TOKENS)) -> list[Path]:
+def files_of(
+    name: str, suffixes: tuple[str, ...] = (*TEXT, *TOKENS), *, pairs: bool = False
+) -> list[Path]:
     """The files with these suffixes that a path, a folder or a glob stands for, in order.
 
     Raises:
-        AssayError: if there are none.
+        AssayError: if there are none; what is legal is said of text, or of `pairs`.
     """
     path = Path(name).expanduser()
     legal = ", ".join(suffixes)
@@ -319,7 +321,9 @@ def files_of(name: str, suffixes: tuple[str, ...] = (*TEXT, *TOKENS)) -> list[Pa
             (Path(file.name), file) for file in map(Path, glob.glob(str(path), recursive=True))
         ]
     else:
-        raise AssayError(f"{name}: there is no such corpus or file; {_nearest(name, path)}")
+        raise AssayError(
+            f"{name}: there is no such corpus or file; {_nearest(name, path, suffixes, pairs)}"
+        )
     files = sorted(
         file
         for shown, file in found
@@ -332,18 +336,24 @@ def files_of(name: str, suffixes: tuple[str, ...] = (*TEXT, *TOKENS)) -> list[Pa
     return files
 
 
-def _nearest(name: str, path: Path) -> str:
-    if path.parent.is_dir():
-        siblings = [
-            str(path.with_name(entry.name))
-            for entry in path.parent.iterdir()
-            if entry.is_dir() or entry.suffix in (*TEXT, *TOKENS)
-        ]
-    else:
-        siblings = []
-    named = [corpus.name for corpus in corpora()]
-    near = did_you_mean(name, [*named, *siblings])
-    return near if near.startswith("did") else did_you_mean(name, named)
+def _nearest(name: str, path: Path, suffixes: tuple[str, ...], pairs: bool) -> str:
+    """Ends a sentence: the nearest names, or all that are legal."""
+    siblings = [
+        str(path.with_name(entry.name))
+        for entry in (path.parent.iterdir() if path.parent.is_dir() else ())
+        if entry.is_dir() or entry.suffix in suffixes
+    ]
+    named = [corpus.name for corpus in corpora() if corpus.name != "hf:"]
+    near = did_you_mean(name, [*([] if pairs else named), *PAIRS, *siblings])
+    if near.startswith("did"):
+        return near
+    files = f"a path of {', '.join(suffixes)}"
+    if pairs:
+        return f"legal are pairs, for a model with an encoder: {', '.join(PAIRS)}, or {files}."
+    return (
+        f"legal are: {', '.join(named)}, hf:OWNER/DATASET or {files}; for a model with an encoder "
+        f"{', '.join(PAIRS)}."
+    )
 
 
 def _not_empty(

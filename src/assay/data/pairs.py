@@ -137,7 +137,7 @@ def open_pairs(name: str) -> PairCorpus:
             f"trained on; they are .jsonl with 'source' and 'target', .tsv with two columns, or "
             f"one of {', '.join(TASKS)}."
         )
-    files = corpora.files_of(name, FILES)
+    files = corpora.files_of(name, FILES, pairs=True)
     return PairCorpus(name, lambda: _pairs(name, files))
 
 

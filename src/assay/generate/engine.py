@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float32, Int32
 
-from assay.errors import AssayError, did_you_mean
+from assay.errors import AssayError, counted, did_you_mean
 from assay.generate import sampling
 from assay.generate.sampling import PerRow, Rules
 from assay.model.cache import Cache, empty_cache
@@ -647,7 +647,8 @@ def _check_context(lengths, new, context: int, learned: bool) -> tuple[str, ...]
     prompt, wanted = int(lengths[longest]), int(new[longest])
     if prompt + wanted <= context:
         return ()
-    sizes = f"{prompt} prompt tokens and {wanted} new ones are {prompt + wanted}"
+    new_ones = "1 new one" if wanted == 1 else f"{wanted} new ones"
+    sizes = f"{counted(prompt, 'prompt token')} and {new_ones} are {prompt + wanted}"
     if learned:
         fits = f"at most {context - prompt} new ones fit" if prompt < context else "shorten it"
         raise AssayError(
