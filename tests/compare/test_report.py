@@ -196,6 +196,25 @@ def test_every_figure_is_a_png_and_an_svg(written):
     assert not left
 
 
+@pytest.mark.parametrize(
+    ("anytime", "reach", "says"),
+    [
+        ((-0.0468, 0.01), 1.05 * 0.0468, ""),  # just past the others: the axis goes there
+        ((None, 0.01), 1.3 * 0.036, "filled arrow: infinite"),
+        ((-0.5, 0.01), 1.3 * 0.036, "open arrow: too long to be shown"),
+    ],
+)
+def test_an_arrow_is_drawn_only_where_an_interval_leaves_the_figure(anytime, reach, says):
+    pair = {"a": "a", "b": "b", "ci95": (-0.036, -0.01), "anytime95": anytime}
+    pair |= {"difference": -0.02, "verdict": "better"}
+    assert figures.forest_reach([pair], 0.0) == pytest.approx(reach)
+    data = {"pairs": [pair], "margin": 0.0, "reach": reach, "unit": "bits per byte"}
+    drawn = figures._forest(data)
+    assert drawn.get_suptitle().partition("\n")[2] == says
+    marks = [line.get_marker() for line in drawn.axes[0].lines]
+    assert ("<" in marks) == bool(says)
+
+
 def test_losses_come_back_from_the_csv(results, written):
     drawn, out = written
     series, x = read_series(out / "losses.csv")

@@ -144,11 +144,21 @@ def _clip_start(ax, series: Sequence[Mapping[str, Any]], axis: str) -> None:
         ax.set_ylim(bottom - 0.05 * gap, high + 0.25 * gap)
 
 
+def forest_reach(pairs: Sequence[Mapping[str, Any]], margin: float) -> float:
+    """How far from 0 the figure of differences goes.
+
+    Anytime-valid intervals are held in it too, but for ends at more than three times the others'.
+    """
+    near = [abs(v) for p in pairs for v in (*p["ci95"], p["difference"]) if v is not None]
+    reach = max([*near, margin, 1e-9])
+    wide = [abs(v) for p in pairs for v in p["anytime95"] if v is not None]
+    return max([1.3 * reach, *(1.05 * v for v in wide if v <= 3 * reach)])
+
+
 def _forest(data: Mapping[str, Any]) -> "Figure":
-    pairs, margin = data["pairs"], data["margin"]
+    pairs, margin, reach = data["pairs"], data["margin"], data["reach"]
     figure, (ax,) = _new(8, 1.6 + 0.5 * len(pairs))
-    finite = [v for p in pairs for v in (*p["ci95"], p["difference"]) if v is not None]
-    reach = 1.3 * max([abs(v) for v in finite] + [margin, 1e-9])
+    arrows = {}
     for i, pair in enumerate(pairs):
         y = len(pairs) - i
         style = {"color": _verdict_colour(pair["verdict"])}
@@ -161,9 +171,12 @@ def _forest(data: Mapping[str, Any]) -> "Figure":
                 for end, side in zip(ends, (-1, 1), strict=True)
             )
             ax.plot([low, high], [y, y], linewidth=width, alpha=alpha, **style)
-            for end, mark in ((min(low, -reach), "<"), (max(high, reach), ">")):
-                if abs(end) > reach:  # it goes on
-                    ax.plot([math.copysign(reach, end)], [y], mark, clip_on=False, **style)
+            for end, drawn, mark in ((ends[0], low, "<"), (ends[1], high, ">")):
+                if abs(drawn) > reach:  # it goes on
+                    said = "infinite" if end is None else "too long to be shown"
+                    arrows[said] = fill = "full" if end is None else "none"
+                    at = [math.copysign(reach, drawn)]
+                    ax.plot(at, [y], mark, clip_on=False, fillstyle=fill, **style)
         if pair["difference"] is not None:
             ax.plot([pair["difference"]], [y], "o", markersize=6, mec="white", **style)
     ax.axvline(0, color="0.3", linewidth=1)
@@ -176,9 +189,11 @@ def _forest(data: Mapping[str, Any]) -> "Figure":
         [plain(f"{p['a']} less {p['b']}: {p['verdict']}") for p in pairs],
     )
     ax.set_xlabel(f"difference in {data['unit']} (left: the first is better)")
+    names = {"full": "filled", "none": "open"}
     figure.suptitle(  # over the names as well, which may take half of the width
         "thick: planned-n 95 %; thin: anytime-valid 95 %"
-        + ("; shaded: the margin of equivalence" if margin else ""),
+        + ("; shaded: the margin of equivalence" if margin else "")
+        + "".join(f"\n{names[fill]} arrow: {said}" for said, fill in sorted(arrows.items())),
         fontsize=9,
     )
     return figure

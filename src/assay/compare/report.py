@@ -135,6 +135,7 @@ def page_data(results: Results) -> dict[str, Any]:
     ]
     shared = "" if results.environment.seconds_comparable else " (on a shared machine)"
     unit, *equal = results.design.matched
+    pairs = [pair.model_dump(mode="json") | {"n": len(pair.seeds)} for pair in results.pairs]
     return _plain(
         {
             "title": results.title,
@@ -144,9 +145,8 @@ def page_data(results: Results) -> dict[str, Any]:
             "equal": [NAMES.get(quantity, quantity) for quantity in equal],
             "margin": results.design.margin,
             "rows": rows,
-            "pairs": [
-                pair.model_dump(mode="json") | {"n": len(pair.seeds)} for pair in results.pairs
-            ],
+            "pairs": pairs,
+            "reach": figures.forest_reach(pairs, results.design.margin),
             "curves": curves,
             "features": _features(results),
             "crossings": _crossings(results),

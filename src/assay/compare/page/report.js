@@ -142,8 +142,7 @@
     at("forest").style.minHeight = `${120 + 44 * data.pairs.length}px`;
     at("forest").style.height = at("forest").style.minHeight;
     paint("forest", () => {
-      const finite = data.pairs.flatMap((p) => [...p.ci95, p.difference]).filter((v) => v !== null);
-      const reach = 1.3 * Math.max(data.margin, 1e-9, ...finite.map(Math.abs));
+      const reach = data.reach;
       const traces = [];
       data.pairs.forEach((p, i) => {
         const c = verdictColour(p.verdict);
@@ -153,8 +152,9 @@
             line: { color: c, width },
             hovertemplate: `${name} 95 %: ${interval.map((v) => v === null ? "∞" : v.toFixed(4)).join(" to ")}<extra></extra>` });
         const [low, high] = ends(p.anytime95), beyond = [];  // an arrow where it goes on
-        if (low < -reach) beyond.push([-reach, "triangle-left"]);
-        if (high > reach) beyond.push([reach, "triangle-right"]);
+        const open = (end) => end === null ? "" : "-open";
+        if (low < -reach) beyond.push([-reach, `triangle-left${open(p.anytime95[0])}`]);
+        if (high > reach) beyond.push([reach, `triangle-right${open(p.anytime95[1])}`]);
         traces.push({ x: beyond.map(([x]) => x), y: beyond.map(() => i), mode: "markers", showlegend: false,
           cliponaxis: false, hoverinfo: "skip", marker: { color: c, size: 9, symbol: beyond.map(([, s]) => s) } });
         if (p.difference !== null)
