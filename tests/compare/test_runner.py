@@ -10,6 +10,7 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -295,7 +296,10 @@ def test_a_ladder_is_fitted_and_extrapolated(write, here, tmp_path):
 
 
 def test_a_design_is_costed_and_nothing_is_spent(write, here, tmp_path):
-    plan, found = runner.design(write(seeds=4), None)
+    told = SimpleNamespace(note=(notes := []).append)
+    plan, found = runner.design(write(seeds=4), None, watcher=told)
+    assert notes[0] == "Compiling and timing a few updates of 2 rows."
+    assert [note.split("  ")[:2] for note in notes[1:]] == [["1/2", "slow"], ["2/2", "fast"]]
     assert found.runs == 8
     assert [cost.steps for cost in found.costs] == [40, 40]
     assert found.flops == sum(

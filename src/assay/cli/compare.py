@@ -25,7 +25,10 @@ def compare(
         int | None, typer.Option(help="Updates a run, in the place of the file's budget.", min=1)
     ] = None,
     design: Annotated[
-        bool, typer.Option("--design", help="Say what it will cost and can show; run nothing.")
+        bool,
+        typer.Option(
+            "--design", help="Say what it will cost and can show, by a few timed updates a row."
+        ),
     ] = False,
     pilot: Annotated[
         Path | None, typer.Option(help="With --design: a comparison that tells the noise.")
@@ -51,7 +54,7 @@ def compare(
     """
     if design:
         refuse_idle("with --design", target_flops=target_flops)
-        _design(file, out_folder, steps, pilot, on, jobs, as_json)
+        _design(file, out_folder, steps, pilot, on, jobs, as_json, quiet)
         return
     refuse_idle("without --design", pilot=pilot)
     from assay.compare.live import default_watcher
@@ -196,10 +199,13 @@ def _half(bounds) -> str:
     return "unbounded" if low is None or high is None else f"± {(high - low) / 2:.4f}"
 
 
-def _design(file, folder, steps, pilot, on, jobs, as_json) -> None:
+def _design(file, folder, steps, pilot, on, jobs, as_json, quiet) -> None:
+    from assay.compare.live import default_watcher
     from assay.compare.runner import design as outline_of
 
-    plan, found = outline_of(file, folder, steps=steps, pilot=pilot, on=on, jobs=jobs)
+    watcher = default_watcher(quiet or as_json)
+    asked = {"steps": steps, "pilot": pilot, "on": on, "jobs": jobs}
+    plan, found = outline_of(file, folder, **asked, watcher=watcher)
     if not as_json:
         _print_design(plan, found)
     emit(asdict(found), as_json)

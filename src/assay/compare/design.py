@@ -1,7 +1,7 @@
 """What a comparison will cost and can show, told before anything is spent: `--design`."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from assay.compare.experiment import Entry, Plan, tuned
 from assay.compare.pools import Pool
 from assay.compare.results import Pair, read_results
 from assay.compare.sizes import measure, unequal
-from assay.errors import AssayError
+from assay.errors import AssayError, counted
 from assay.spec.accounting import planned_steps, training_flops
 
 ASSUMED_DEVIATION = 0.01
@@ -76,12 +76,18 @@ class Outline:
 
 
 def outline(
-    plan: Plan, pool: Pool, pilot: Path | None, out: Path | None, jobs: int | None
+    plan: Plan,
+    pool: Pool,
+    pilot: Path | None,
+    out: Path | None,
+    jobs: int | None,
+    note: Callable[[str], None],
 ) -> Outline:
     """Costs by a few measured steps of each row; differences by the pilot's deviation.
 
     Args:
         pilot: an earlier comparison's folder; by default `out`, where it holds one.
+        note: told of each row whose step was measured.
 
     Raises:
         AssayError: if the pilot has no pair with two seeds.
@@ -91,12 +97,15 @@ def outline(
         for entry in plan.entries
     ]
     measured: dict[str, dict[str, Any]] = {}
+    note(f"Compiling and timing a few updates of {counted(len(tasks), 'row')}.")
     for done in pool.run(tasks):
         if done is not None:
             task, answer = done
             if "error" in answer:
                 raise AssayError(answer["error"])
             measured[task["row"]] = answer
+            step = answer["step_seconds"]
+            note(f"{len(measured)}/{len(tasks)}  {task['row']}  {step:.3g} s an update")
     costs = tuple(_cost(entry, plan, measured[entry.name]) for entry in plan.entries)
     flops = [cost.flops for cost in costs]
     seconds = [cost.seconds for cost in costs]

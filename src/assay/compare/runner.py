@@ -96,8 +96,9 @@ def design(
     pilot: Path | None = None,
     jobs: int | None = None,
     on: str | None = None,
+    watcher: Watcher | None = None,
 ) -> tuple[Plan, Outline]:
-    """What `compare` would cost and could show; nothing is trained and no folder is made.
+    """What `compare` would cost and could show, by a few updates of each row; no folder is made.
 
     Raises:
         AssayError: as `compare`.
@@ -112,7 +113,7 @@ def design(
         # One at a time: what a step takes is measured.
         pool_for(on, 1, Path(scratch), (), experiment) as pool,
     ):
-        return plan, outline(plan, pool, pilot, out, jobs)
+        return plan, outline(plan, pool, pilot, out, jobs, (watcher or Silent()).note)
 
 
 def decide_jobs(experiment: Experiment, asked: int | None, on: str | None) -> int | None:
