@@ -163,7 +163,7 @@ def _configure(preset: str | None, changes: dict[str, Any], resumed: Path | None
         where, before, after = found[0] if len(found) == 1 else (path, *_listed(found, path))
         raise AssayError(
             f"{where}: {after} is not what the run in {resumed} was begun with ({before}); "
-            f"--resume goes on with the same settings."
+            f"--resume goes on with the same settings; for others, begin anew in another --out."
         )
     return held.changed(changes)
 
@@ -261,6 +261,8 @@ def _what_next(result) -> str:
     folder = shlex.quote(result.out)
     if not result.finished:
         return f"\nTo go on: assay train --resume --out {folder}"
+    if result.stopped_by == "target":
+        return "\nThe target was reached: to train longer, begin anew without it in another --out."
     return (
         "\nThe schedule has run to its end: to train longer, begin anew with a larger budget and "
         "another --out."

@@ -321,9 +321,8 @@ def _row(
     if entry.differs:
         notes.append(f"{', '.join(entry.differs)} differs from the first variant's")
     if failed:
-        notes.append(
-            f"{len(failed)} of {len(plan.seeds)} seeds failed; the first: {failed[0].error}"
-        )
+        seeds = counted(len(plan.seeds), "seed")
+        notes.append(f"{len(failed)} of {seeds} failed; the first: {failed[0].error}")
     model, seq_len = entry.run.model, entry.run.data.seq_len
     flops = flops_per_token(model, seq_len)
     nothing = (-math.inf, math.inf)
