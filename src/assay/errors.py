@@ -40,6 +40,6 @@ def need_extra(package: str, extra: str, purpose: str) -> AssayError:
 
 
 def how_to_get(extra: str) -> str:
-    """What installs an extra, or the group `parity`, in a clone, which is how Assay is installed."""
+    """What installs an extra, or the group `parity`, in a clone, as Assay itself is installed."""
     option = "--group parity" if extra == "parity" else f"-e '.[{extra}]'"
     return f"in Assay's folder: make dev, or uv pip install {option}"
