@@ -1,6 +1,7 @@
 """What is computed in C++ against plain autodiff: values, gradients, and transforms."""
 
 import os
+import re
 import subprocess
 import sys
 from functools import partial
@@ -420,10 +421,12 @@ def test_an_update_is_that_of_plain_autodiff(name, how, monkeypatch):
         step = make_step(changed, abstract(changed.model, changed.compute))
         text = jax.jit(step).lower(initial_state(changed), batch, np.float32(0)).as_text()
         _, metrics = jax.jit(step)(initial_state(changed), batch, np.float32(0))
-        return "assay_blas" in text, metrics["loss"], metrics["grad_norm"]
+        called = set(re.findall(r'what = "(\w+)"', text))
+        return called, metrics["loss"], metrics["grad_norm"]
 
     (ours, *found), (plain, *wanted) = update("auto"), update("plain")
-    assert (ours, plain) == (True, False)
+    assert ours >= {"matmul", "norm", "norm_backward", "activate", "activate_backward", "logsumexp"}
+    assert any("attend" in what for what in ours) and not plain
     np.testing.assert_allclose(found, wanted, rtol=1e-5)
 
 

@@ -57,7 +57,8 @@ class Comparison:
 def bench_train(run: RunSpec, *, against: str | None = None, rounds: int = 5) -> Comparison:
     """Times whole updates (forward, backward, optimizer) on random tokens.
 
-    Each round times ours, then theirs, for the same batch; the ratios are of each round.
+    Each round times ours, then theirs, for the same batch; the ratios are of each round. A turn
+    begins with an untimed step: the memory that it takes back was another's in between.
 
     Raises:
         AssayError: if `against` is not known or not installed, or cannot express the model.
@@ -85,18 +86,20 @@ def bench_train(run: RunSpec, *, against: str | None = None, rounds: int = 5) ->
         else:
             theirs["compiled"] = compiled
 
-    # Once each, untimed: memory that the others' first steps have moved is touched again.
-    for step in theirs.values():
-        step()
     ours()
     # So many steps a turn that a turn takes about a second.
     steps = max(1, round(1.0 / max(seconds(ours, 1), 1e-3)))
     tokens = steps * batch["tokens"].size
+
+    def turn(step: Callable[[], float]) -> float:
+        step()
+        return tokens / seconds(step, steps)
+
     our_speeds, their_speeds = [], {form: [] for form in theirs}
     for _ in range(rounds):
-        our_speeds.append(tokens / seconds(ours, steps))
+        our_speeds.append(turn(ours))
         for form, step in theirs.items():
-            their_speeds[form].append(tokens / seconds(step, steps))
+            their_speeds[form].append(turn(step))
     versions = {"jax": jax.__version__}
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     if not theirs:

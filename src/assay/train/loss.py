@@ -81,8 +81,9 @@ def sums(
     cpu: CpuKernels = False,
 ) -> tuple[Float32[Array, ""], Float32[Array, ""]]:
     """(objective, cross-entropy), each summed over tokens by their weights."""
-    smooth = spec.label_smoothing or spec.z_loss  # then XLA's log sum exp, once for both
-    losses = token_losses(logits, targets, cpu and not smooth)
+    smooth = spec.label_smoothing > 0 or spec.z_loss > 0
+    # Where more is made of it, XLA's log sum exp, once for both.
+    losses = token_losses(logits, targets, False if smooth else cpu)
     objective = losses
     if smooth:
         log_z = jax.nn.logsumexp(logits, axis=-1)
