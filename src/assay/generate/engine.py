@@ -112,8 +112,8 @@ def _prefill(
     model = jax.tree.unflatten(structure, parameters)
     batch, padded = tokens.shape
     rows = jnp.arange(batch)
-    # Prompts see no slot but their own: the cache gets its length afterwards.
-    cache = empty_cache(model.spec, batch, padded, cache_dtype)
+    # Prompts see no slot but their own. Where XLA would read the others too, they come afterwards.
+    cache = empty_cache(model.spec, batch, slots if uses_native(model) else padded, cache_dtype)
     read = {} if source is None else {"source": source, "source_mask": source_mask}
     x, cache = model.hidden(tokens, cache=cache, **read)
     logits = model.logits(x[rows, lengths - 1][:, None])[:, 0]
