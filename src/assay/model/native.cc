@@ -154,6 +154,7 @@ class Pool {
 
 constexpr int kTiles = 3;  // by 8 rows: 24 sums, as many as there are registers for
 constexpr int64_t kAhead = 8192;  // bytes that are asked of memory before they are needed
+constexpr int64_t kNear = 1536;   // the same of a cache, for what was just read
 constexpr int64_t kTaskBytes = 65536;  // of weights: long enough a stretch of memory
 
 // The first `count` of 16 lanes.
@@ -228,8 +229,8 @@ struct Int8 {  // the instruction takes unsigned by signed: weights come with 12
   }
 };
 
-// R rows by 48 outputs, k words each.
-template <class Type, int R, class Out>
+// R rows by 48 outputs, k words each. `kAgain`: other rows have just read these weights.
+template <class Type, int R, bool kAgain = false, class Out>
 inline void Block(const uint32_t* x, const __m512i* w, int64_t k, const Out& out) {
   typename Type::Sum sum[R][kTiles];
   for (int r = 0; r < R; ++r) {
@@ -237,7 +238,12 @@ inline void Block(const uint32_t* x, const __m512i* w, int64_t k, const Out& out
   }
   for (int64_t i = 0; i < k; ++i, w += kTiles) {
     for (int t = 0; t < kTiles; ++t) {
-      _mm_prefetch(reinterpret_cast<const char*>(w + t) + kAhead, _MM_HINT_T1);
+      const char* here = reinterpret_cast<const char*>(w + t);
+      if constexpr (kAgain) {
+        _mm_prefetch(here + kNear, _MM_HINT_T0);
+      } else {
+        _mm_prefetch(here + kAhead, _MM_HINT_T1);
+      }
     }
 #pragma GCC unroll 2
     for (int e = 0; e < Type::kTimes; ++e) {
@@ -261,7 +267,11 @@ void Rows(const uint32_t* x, const __m512i* w, int64_t k, int64_t rows, const Ou
   int64_t first = 0;
   auto some = [&](int r, int t, typename Type::Sum sum) { out(first + r, t, sum); };
   const int64_t apart = k * Type::kTimes;
-  for (; first + 8 <= rows; first += 8) Block<Type, 8>(x + first * apart, w, k, some);
+  if (rows >= 8) {
+    Block<Type, 8>(x, w, k, some);
+    first = 8;
+  }
+  for (; first + 8 <= rows; first += 8) Block<Type, 8, true>(x + first * apart, w, k, some);
   x += first * apart;
   switch (rows - first) {
     case 7: return Block<Type, 7>(x, w, k, some);
