@@ -1,9 +1,11 @@
 """A run that is stopped and goes on is, bit for bit, the run that was not stopped."""
 
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -12,7 +14,12 @@ import pytest
 from assay.errors import AssayError
 from assay.model.transformer import layout
 from assay.spec.run import ComputeSpec, MeshSpec
-from assay.train.checkpoint import Checkpoints, flatten_state, safe_from_the_next_step
+from assay.train.checkpoint import (
+    Checkpoints,
+    NotSavedError,
+    flatten_state,
+    safe_from_the_next_step,
+)
 from assay.train.loop import read_run, train
 from assay.train.step import initial_state
 from tests.train.conftest import lines
@@ -106,6 +113,28 @@ def test_resume_with_no_checkpoint_starts_again(run, tmp_path):
     assert result.steps == 3
     assert any("no checkpoint" in note for note in notes)
     assert lines(out) == before
+
+
+def test_no_room_is_told_before_the_first_step_and_at_a_save(run, tmp_path, monkeypatch):
+    run, out = run.changed({"train.checkpoint_every": 5}), tmp_path / "out"
+    free = [0]
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free[0]))
+    with pytest.raises(NotSavedError, match=r"takes [\d.]+ MB, but its disk has 0.0 MB left\.$"):
+        train(run, out)
+    free[0] = 2**40
+    train(run, out, resume=True, stop_at=10)
+
+    class Full:  # from the first line of the metrics on
+        def note(self, text): ...
+        def start(self, title): ...
+        def stop(self): ...
+        def update(self, share, record):
+            free[0] = 1000
+
+    with pytest.raises(NotSavedError, match="That of step 15 is whole: --resume goes on"):
+        train(read_run(out), out, resume=True, reporter=Full())
+    free[0] = 2**40
+    assert train(read_run(out), out, resume=True).finished
 
 
 def test_a_finished_run_tells_its_result_again(run, tmp_path):

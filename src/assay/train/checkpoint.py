@@ -8,7 +8,11 @@ Orbax is imported where it is first used: a run does that while its step is bein
 
 import json
 import logging
-from collections.abc import Mapping
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,13 +27,21 @@ from assay.train.step import TrainState, split_statistic
 if TYPE_CHECKING:
     import orbax.checkpoint as ocp
 
-logging.getLogger("absl").setLevel(logging.WARNING)
+logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax raises what it logs as an error
+
+
+class NotSavedError(AssayError):
+    """A checkpoint could not be written, or would not be: there is no room for it."""
 
 
 class Checkpoints:
-    """The `checkpoints/` folder of a run; `keep` is how many are left standing."""
+    """The `checkpoints/` folder of a run; `keep` is how many are left standing.
+
+    What could not be written is told by the next call of any kind: a `NotSavedError`.
+    """
 
     def __init__(self, folder: Path, keep: int = 2):
+        self.folder = folder
         self._manager = _manager(folder, max_to_keep=keep, create=True)
 
     def latest(self) -> int | None:
@@ -37,17 +49,23 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, state: TrainState, position: Any, layout: Layout, extra: dict) -> None:
-        """Takes the state as it is and writes it in the background. `position` is the data's."""
+        """Takes the state as it is and writes it in the background. `position` is the data's.
+
+        Raises:
+            NotSavedError: if there is no room for it, or the one before could not be written.
+        """
         import orbax.checkpoint as ocp
 
+        need_room(self.folder, state, self._whole())
         step = int(state.step)
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.PyTreeSave(safe_from_the_next_step(state, layout)),
-                data=ocp.args.JsonSave({"position": position, **extra}),
-            ),
-        )
+        with self._told():
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.PyTreeSave(safe_from_the_next_step(state, layout)),
+                    data=ocp.args.JsonSave({"position": position, **extra}),
+                ),
+            )
 
     def restore(self, step: int, like: TrainState, layout: Layout) -> tuple[TrainState, dict]:
         """The state saved at a step, in the form and placing of `like`, and what went with it.
@@ -86,10 +104,52 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Until what was saved is on disk."""
-        self._manager.wait_until_finished()
+        with self._told():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
-        self._manager.close()
+        with self._told():
+            self._manager.close()
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError, RuntimeError) as error:  # TensorStore's, through Orbax
+            raise NotSavedError(
+                f"{self.folder}: a checkpoint could not be written: {_why(error)}. {self._whole()}"
+            ) from error
+
+    def _whole(self) -> str:
+        latest = self.latest()
+        if latest is None:
+            return "None was saved before."
+        return f"That of step {latest} is whole: --resume goes on from there."
+
+
+def need_room(folder: Path, state: TrainState, more: str = "") -> None:
+    """`state` may be shapes; `more` ends the message.
+
+    Raises:
+        NotSavedError: if the folder's disk has less room than this process's part of it takes.
+    """
+    keys = jax.dtypes.prng_key
+    leaves = [x for x in jax.tree.leaves(state) if not jax.dtypes.issubdtype(x.dtype, keys)]
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves) / jax.process_count()
+    free = shutil.disk_usage(folder).free
+    if size > free:
+        raise NotSavedError(
+            f"{folder}: a checkpoint takes {size / 1e6:,.1f} MB, but its disk has "
+            f"{free / 1e6:,.1f} MB left. {more}".rstrip()
+        )
+
+
+def _why(error: Exception) -> str:
+    """The system's own words, which TensorStore gives by their number."""
+    number = re.search(r"os_error_code='(\d+)'", str(error))
+    if number:
+        return os.strerror(int(number[1]))
+    return getattr(error, "strerror", None) or str(error).splitlines()[0]
 
 
 def restore_parameters(

@@ -22,7 +22,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from assay.data import loader, tokenizers
-from assay.errors import AssayError
+from assay.errors import AssayError, counted
 from assay.evaluate.perplexity import Evaluation, evaluate, row_losses
 from assay.model.sharding import make_mesh, parameter_shardings, partition, use_mesh
 from assay.model.transformer import Layout, Transformer, abstract, layout, name_leaves
@@ -30,7 +30,7 @@ from assay.spec.accounting import planned_steps, run_flops_per_token
 from assay.spec.run import RunSpec
 from assay.startup import compute_in_the_calling_thread, keep_compiled_programs
 from assay.train import plot, processes
-from assay.train.checkpoint import Checkpoints, write_json
+from assay.train.checkpoint import Checkpoints, need_room, write_json
 from assay.train.progress import Reporter, Silent
 from assay.train.speed import peak_flops, take_what_is_planned_of_a_gpu
 from assay.train.step import TrainState, initial_state, make_step, state_shardings
@@ -135,13 +135,16 @@ def _train(
             "stack would see."
         )
     if prepared.left_out:
-        reporter.note(f"{prepared.left_out:,} pairs are too long for data.seq_len: left out.")
+        pairs = counted(prepared.left_out, "pair")
+        reporter.note(f"Left out, as longer than data.seq_len: {pairs}.")
     processes.all_or_none(lambda: _open_folder(out, run, prepared, resume) if first else None)
 
     # ---- model and state, as shapes; each array will be made in its place
     model = abstract(run.model, run.compute)
     form, step_function = layout(run.model, run.compute), make_step(run, model)
     shapes = jax.eval_shape(lambda: initial_state(run))
+    # Better known now than after the first hour.
+    processes.all_or_none(lambda: need_room(out, shapes) if first else None)
     if mesh is None:
         shared = scored = None
         # Not jitted: one small program a shape compiles sooner than one large one for all.
