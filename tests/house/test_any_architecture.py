@@ -168,6 +168,33 @@ class Draw:
             **self.some(0.2, vocab_multiple=8, multi_token={"depth": self.one(1, 2)}),
         }
 
+    def of_family(self) -> dict:
+        """As Llama, Mistral, Qwen or Mixtral, or as GPT-2, are."""
+        heads, epsilon = self.one(2, 4), self.one(1e-5, 1e-6)
+        common = {"vocab_size": VOCABULARY, "d_model": 16, "context": CONTEXT}
+        if self.one(True, False, False):
+            norm = {"kind": "layernorm", "epsilon": epsilon}
+            feed_forward = {"kind": "mlp", "hidden": 40, "activation": "gelu_tanh", "bias": True}
+            attention = {"heads": heads, "qkv_bias": True, "out_bias": True}
+            common |= {"embedding": {"positions": {"kind": "learned"}}, "head": {"tied": True}}
+        else:
+            norm = {"kind": "rmsnorm", "epsilon": epsilon}
+            feed_forward = {"kind": "mlp", "hidden": 40, "activation": "silu", "gated": True}
+            qk_norm = {"norm": {"kind": "rmsnorm", "epsilon": epsilon}}
+            of_kind = self.one({}, {"window": 8}, {"qkv_bias": True}, {"qk_norm": qk_norm})
+            attention = {
+                "heads": heads,
+                "kv_heads": self.one(1, 2),
+                "positions": {"kind": "rope", "theta": self.one(1e4, 5e5)},
+                **of_kind,
+            }
+            if of_kind in ({}, {"window": 8}) and self.one(True, False):
+                feed_forward = {"kind": "moe", "experts": 4, "expert": feed_forward}
+            common |= {"head": {"tied": self.one(True, False)}}
+        block = {"attention": attention, "feed_forward": feed_forward, "norm": norm}
+        stack = {"pattern": [block], "num_layers": self.one(1, 3), "final_norm": norm}
+        return {**common, "decoder": stack}
+
 
 def drawn(seed: int) -> TransformerSpec:
     """What the seed draws; what is refused must be so in one sentence, and is drawn anew."""
@@ -253,3 +280,9 @@ def test_hugging_face_s_config_is_the_spec_or_refused(spec):
         message = str(error)
     assert "\n" not in message
     assert config is None or canonical(spec_from_config(config)) == canonical(spec)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_family_s_architecture_goes_to_hugging_face_and_back(seed):
+    spec = TransformerSpec.from_data(Draw(seed).of_family())
+    assert canonical(spec_from_config(config_from_spec(spec))) == canonical(spec)

@@ -208,6 +208,7 @@ def test_the_fields_of_a_new_kind_follow_it():
         ("train.log_every", 11, ["train.log_every", "11", "10"]),
         ("mesh.data", 3, ["mesh", "3", "16"]),
         ("data.sources", [], ["data.sources", "at least one"]),
+        ("optimizer", {"lr": 0.1}, ["optimizer.kind: this field is required"]),
         ("data.packing", "document", ["data.packing", "'documents'"]),
     ],
 )

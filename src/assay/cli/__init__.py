@@ -1,6 +1,5 @@
 """The `assay` command: parse, call, print. Nothing is computed here, and JAX is imported late."""
 
-import os
 import sys
 
 from assay.cli.memory import computes, keep_memory
@@ -36,9 +35,6 @@ def main() -> None:
             raise
         print(f"assay: {error}", file=sys.stderr)
         sys.exit(2)
-    except BrokenPipeError:  # `| head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
     except OSError as error:  # a full disk, a folder that may not be written
         if debug or error.strerror is None:
             raise

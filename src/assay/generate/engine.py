@@ -27,7 +27,13 @@ from assay.errors import AssayError, counted, did_you_mean
 from assay.generate import sampling
 from assay.generate.sampling import PerRow, Rules
 from assay.model.cache import Cache, empty_cache
-from assay.model.decoding import bytes_read, prepare, uses_native, weight_bytes
+from assay.model.decoding import (
+    bytes_read,
+    prepare,
+    reads_only_what_is_seen,
+    uses_native,
+    weight_bytes,
+)
 from assay.model.transformer import Transformer
 from assay.spec.model import TransformerSpec
 
@@ -113,7 +119,8 @@ def _prefill(
     batch, padded = tokens.shape
     rows = jnp.arange(batch)
     # Prompts see no slot but their own. Where XLA would read the others too, they come afterwards.
-    cache = empty_cache(model.spec, batch, slots if uses_native(model) else padded, cache_dtype)
+    room = slots if reads_only_what_is_seen(model) else padded
+    cache = empty_cache(model.spec, batch, room, cache_dtype)
     read = {} if source is None else {"source": source, "source_mask": source_mask}
     x, cache = model.hidden(tokens, cache=cache, **read)
     logits = model.logits(x[rows, lengths - 1][:, None])[:, 0]

@@ -283,6 +283,12 @@ def uses_native(model: Transformer) -> bool:
     return any(getattr(part, "native", False) for _, part in nnx.iter_modules(model))
 
 
+def reads_only_what_is_seen(model: Transformer) -> bool:
+    """Whether all attention to a cache is C++, which reads no slot that no query sees."""
+    parts = [part for _, part in nnx.iter_modules(model) if isinstance(part, Attention)]
+    return all(part.native and part.is_plain() for part in parts)
+
+
 def weight_bytes(model: Transformer) -> int:
     """Bytes of all parameters, as they are kept."""
     return sum(leaf.nbytes for leaf in jax.tree.leaves(model))

@@ -133,6 +133,8 @@ def _sentence(error: ValidationError, cls: type[BaseModel]) -> str:
             tags = [tag.strip(" '") for tag in first["ctx"]["expected_tags"].split(",")]
             tag = first["ctx"]["tag"]
             return f"{field}.kind: found '{tag}'; {did_you_mean(tag, tags)}"
+        case "union_tag_not_found" if isinstance(found, dict):
+            return f"{field}.kind: this field is required."
         case "literal_error":
             legal = first["ctx"]["expected"].replace(" or ", ", ").replace("'", "").split(", ")
             return f"{field}: found {found!r}; {did_you_mean(str(found), legal)}"

@@ -22,16 +22,21 @@ from flax import nnx
 
 from assay.errors import AssayError
 from assay.model.transformer import Layout, name_leaves, unname
+from assay.train import processes
 from assay.train.step import TrainState, split_statistic
 
 if TYPE_CHECKING:
     import orbax.checkpoint as ocp
 
-logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax raises what it logs as an error
+logging.getLogger("absl").setLevel(logging.WARNING)
 
 
 class NotSavedError(AssayError):
-    """A checkpoint could not be written, or would not be: there is no room for it."""
+    """Something of the run could not be written. Writes beside it may yet be failing."""
+
+
+class NoRoomError(NotSavedError):
+    """There is no room for a checkpoint, and none was begun."""
 
 
 class Checkpoints:
@@ -56,13 +61,14 @@ class Checkpoints:
         """
         import orbax.checkpoint as ocp
 
+        self.wait()  # until then the one before needs room beside those that it takes the place of
         need_room(self.folder, state, self._whole())
-        step = int(state.step)
+        step, arrays = int(state.step), safe_from_the_next_step(state, layout)
         with self._told():
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    state=ocp.args.PyTreeSave(safe_from_the_next_step(state, layout)),
+                    state=ocp.args.PyTreeSave(arrays),
                     data=ocp.args.JsonSave({"position": position, **extra}),
                 ),
             )
@@ -115,6 +121,8 @@ class Checkpoints:
     def _told(self) -> Iterator[None]:
         try:
             yield
+        except jax.errors.JaxRuntimeError:  # a device's, or of a process that is gone
+            raise
         except (OSError, ValueError, RuntimeError) as error:  # TensorStore's, through Orbax
             raise NotSavedError(
                 f"{self.folder}: a checkpoint could not be written: {_why(error)}. {self._whole()}"
@@ -128,20 +136,25 @@ class Checkpoints:
 
 
 def need_room(folder: Path, state: TrainState, more: str = "") -> None:
-    """`state` may be shapes; `more` ends the message.
+    """Asks the first process, for the folder is one for all; `state` may be shapes.
 
     Raises:
-        NotSavedError: if the folder's disk has less room than this process's part of it takes.
+        NoRoomError: in every process, if the disk has less room than the state takes. `more` ends
+            the message.
     """
-    keys = jax.dtypes.prng_key
-    leaves = [x for x in jax.tree.leaves(state) if not jax.dtypes.issubdtype(x.dtype, keys)]
-    size = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves) / jax.process_count()
-    free = shutil.disk_usage(folder).free
-    if size > free:
-        raise NotSavedError(
-            f"{folder}: a checkpoint takes {size / 1e6:,.1f} MB, but its disk has "
-            f"{free / 1e6:,.1f} MB left. {more}".rstrip()
-        )
+
+    def ask() -> None:
+        keys = jax.dtypes.prng_key
+        leaves = [x for x in jax.tree.leaves(state) if not jax.dtypes.issubdtype(x.dtype, keys)]
+        size = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+        free = shutil.disk_usage(folder).free
+        if size > free:
+            raise NoRoomError(
+                f"{folder}: a checkpoint takes {size / 1e6:,.1f} MB, but its disk has "
+                f"{free / 1e6:,.1f} MB left. {more}".rstrip()
+            )
+
+    processes.all_or_none(lambda: ask() if processes.is_first() else None)
 
 
 def _why(error: Exception) -> str:
@@ -149,7 +162,7 @@ def _why(error: Exception) -> str:
     number = re.search(r"os_error_code='(\d+)'", str(error))
     if number:
         return os.strerror(int(number[1]))
-    return getattr(error, "strerror", None) or str(error).splitlines()[0]
+    return getattr(error, "strerror", None) or (str(error) or repr(error)).splitlines()[0]
 
 
 def restore_parameters(

@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
@@ -30,7 +30,7 @@ from assay.spec.accounting import planned_steps, run_flops_per_token
 from assay.spec.run import RunSpec
 from assay.startup import compute_in_the_calling_thread, keep_compiled_programs
 from assay.train import plot, processes
-from assay.train.checkpoint import Checkpoints, need_room, write_json
+from assay.train.checkpoint import Checkpoints, NotSavedError, need_room, write_json
 from assay.train.progress import Reporter, Silent
 from assay.train.speed import peak_flops, take_what_is_planned_of_a_gpu
 from assay.train.step import TrainState, initial_state, make_step, state_shardings
@@ -143,8 +143,7 @@ def _train(
     model = abstract(run.model, run.compute)
     form, step_function = layout(run.model, run.compute), make_step(run, model)
     shapes = jax.eval_shape(lambda: initial_state(run))
-    # Better known now than after the first hour.
-    processes.all_or_none(lambda: need_room(out, shapes) if first else None)
+    need_room(out, shapes)  # better known now than after the first hour
     if mesh is None:
         shared = scored = None
         # Not jitted: one small program a shape compiles sooner than one large one for all.
@@ -460,7 +459,7 @@ class _Log:
         if prepared.train_bytes:
             self.bits = prepared.train_tokens / prepared.train_bytes / math.log(2)
         first = processes.is_first()
-        path = out / "metrics.jsonl" if first else Path(os.devnull)
+        self.path = path = out / "metrics.jsonl" if first else Path(os.devnull)
         self.file, self.scored = _continue_lines(path, step) if first else (path.open("w"), None)
         self.tracker = Tracker(out, run, trackers if first else (), step)
 
@@ -517,8 +516,12 @@ class _Log:
         self.since = self.clock.elapsed()
 
     def _write(self, record: dict) -> None:
-        self.file.write(json.dumps(record) + "\n")
-        self.file.flush()
+        try:
+            self.file.write(json.dumps(record) + "\n")
+            self.file.flush()
+        except OSError as error:
+            more = "--resume goes on from the newest checkpoint."
+            raise NotSavedError(f"{self.path}: {error.strerror}. {more}") from error
         self.tracker.write(record)
 
     def _watch(self, step: int, record: dict) -> None:
@@ -544,7 +547,8 @@ class _Log:
         return f"The checkpoint of step {self.saved} is the last good one."
 
     def close(self) -> None:
-        self.file.close()
+        with suppress(OSError):  # each line was written at once, or told of
+            self.file.close()
         self.tracker.close()
 
 
