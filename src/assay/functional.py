@@ -365,6 +365,11 @@ def feed_forward(
 
     The gated form is Shazeer's (arXiv:2002.05202).
     """
+    return _feed_forward(x, params, activation, linear)
+
+
+def _feed_forward(x, params: FeedForwardParams, activation: Activation, linear):
+    """With `linear(x, w, bias)` for its products."""
     hidden = linear(x, params.up, params.up_bias)
     if params.gate is None:
         hidden = activate(hidden, activation)
@@ -469,12 +474,7 @@ def _by_expert(x, layout: Layout, params: FeedForwardParams, activation: Activat
         y = layout.product(x, w.astype(x.dtype))
         return y if bias is None else y + layout.spread(bias.astype(x.dtype))
 
-    hidden = linear(x, params.up, params.up_bias)
-    if params.gate is None:
-        hidden = activate(hidden, activation)
-    else:
-        hidden = activate(linear(x, params.gate, params.gate_bias), activation) * hidden
-    return linear(hidden, params.down, params.down_bias)
+    return _feed_forward(x, params, activation, linear)
 
 
 def init_mixture_of_experts(
