@@ -311,6 +311,17 @@ def test_what_no_family_can_hold_is_told_of_the_nearest_in_one_sentence(name, sa
     assert len(str(told.value)) <= 300
 
 
+@pytest.mark.parametrize("part", ["attention", "feed_forward"])
+@pytest.mark.parametrize("stack", ["encoder", "decoder"])
+def test_a_block_without_a_part_is_named_in_either_stack(stack, part):
+    preset = next(name for name in presets.PRESETS if name.startswith("t5"))
+    spec = presets.get(preset).model.at(f"{stack}.pattern.0.{part}", None)
+    with pytest.raises(AssayError, match=rf"^{stack}\.pattern\.0\.{part}: found none"):
+        config_from_spec(spec, "t5")
+    with pytest.raises(AssayError, match="no Hugging Face family can hold"):
+        family_of(spec)
+
+
 def test_no_family_at_all():
     with pytest.raises(AssayError, match=r"no Hugging Face family .*gpt2.*llama.*mistral.*qwen3"):
         family_of(presets.get("nano").model)

@@ -293,8 +293,11 @@ def _losses(spec: TransformerSpec, family: str) -> list[_Loss]:
     for name, stack in (("encoder", spec.encoder), ("decoder", spec.decoder)):
         if stack is not None and not stack.pattern:
             return [whole(f"{name}.num_layers", "0", "at least 1")]
-    for i, block in enumerate(spec.decoder.pattern):
-        path, part = f"decoder.pattern.{i}", block.feed_forward
+    blocks = [("decoder", i, block) for i, block in enumerate(spec.decoder.pattern)]
+    if spec.encoder is not None:
+        blocks += [("encoder", i, block) for i, block in enumerate(spec.encoder.pattern)]
+    for stack, i, block in blocks:
+        path, part = f"{stack}.pattern.{i}", block.feed_forward
         if block.attention is None:
             return [whole(f"{path}.attention", "none", "attention", depth=3 * i)]
         legal = "moe" if family in EXPERT_FAMILIES else "mlp"
