@@ -125,6 +125,15 @@ def test_what_cannot_be_done_is_refused_before_minutes_are_spent(
     assert found in err
 
 
+def test_what_the_system_refuses_is_a_sentence(assay, tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "text.txt").write_text("the quick brown fox " * 500)
+    inside = tmp_path / "file" / "run"
+    status, out, err = assay("train", "bigram", "--data", tmp_path / "text.txt", "--out", inside)
+    assert (status, out) == (2, "")
+    assert err.splitlines()[-1] == f"assay: {inside}: Not a directory (--debug shows where)."
+
+
 def test_corpora_are_listed(last_json, assay):
     names = [row["name"] for row in last_json("corpora")["corpora"]]
     assert {"python-docs", "python-stdlib", "shakespeare"} <= set(names)

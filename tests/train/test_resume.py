@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -14,13 +15,16 @@ import pytest
 from assay.errors import AssayError
 from assay.model.transformer import layout
 from assay.spec.run import ComputeSpec, MeshSpec
+from assay.train import loop
 from assay.train.checkpoint import (
     Checkpoints,
+    NoRoomError,
     NotSavedError,
     flatten_state,
     safe_from_the_next_step,
 )
 from assay.train.loop import read_run, train
+from assay.train.progress import Silent
 from assay.train.step import initial_state
 from tests.train.conftest import lines
 
@@ -93,13 +97,9 @@ def test_killed_and_resumed_is_bit_exact(run, tmp_path, number):
 def test_resume_with_no_checkpoint_starts_again(run, tmp_path):
     notes = []
 
-    class Listener:
+    class Listener(Silent):
         def note(self, text):
             notes.append(text)
-
-        def start(self, title): ...
-        def update(self, share, record): ...
-        def stop(self): ...
 
     out = tmp_path / "out"
     train(run.changed({"train.budget.amount": 3}), out)
@@ -119,22 +119,26 @@ def test_no_room_is_told_before_the_first_step_and_at_a_save(run, tmp_path, monk
     run, out = run.changed({"train.checkpoint_every": 5}), tmp_path / "out"
     free = [0]
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free[0]))
-    with pytest.raises(NotSavedError, match=r"takes [\d.]+ MB, but its disk has 0.0 MB left\.$"):
+    with pytest.raises(NoRoomError, match=r"takes [\d.]+ MB, but its disk has 0.0 MB left\.$"):
         train(run, out)
     free[0] = 2**40
     train(run, out, resume=True, stop_at=10)
 
-    class Full:  # from the first line of the metrics on
-        def note(self, text): ...
-        def start(self, title): ...
-        def stop(self): ...
+    class Full(Silent):  # from the first line of the metrics on
         def update(self, share, record):
             free[0] = 1000
 
-    with pytest.raises(NotSavedError, match="That of step 15 is whole: --resume goes on"):
+    with pytest.raises(NoRoomError, match="That of step 15 is whole: --resume goes on"):
         train(read_run(out), out, resume=True, reporter=Full())
     free[0] = 2**40
     assert train(read_run(out), out, resume=True).finished
+
+
+def test_metrics_that_cannot_be_written_are_told(run, tmp_path, monkeypatch):
+    full = Path("/dev/full")
+    monkeypatch.setattr(loop, "_continue_lines", lambda *_: (full.open("w"), None))
+    with pytest.raises(NotSavedError, match=r"^/dev/full: No space left on device\. --resume goes"):
+        train(run, tmp_path / "out")
 
 
 def test_a_finished_run_tells_its_result_again(run, tmp_path):

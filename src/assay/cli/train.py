@@ -113,7 +113,7 @@ def train(
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     from assay.api import train as run_training
-    from assay.train.checkpoint import NoRoomError, NotSavedError
+    from assay.train.checkpoint import NotSavedError
     from assay.train.progress import default_reporter
 
     trackers = tuple(name for name, on in (("tensorboard", tensorboard), ("wandb", wandb)) if on)
@@ -130,7 +130,7 @@ def train(
         print(f"assay: {error}", file=sys.stderr, flush=True)
         os._exit(LOST)  # a tidy end would wait for the lost one
     except NotSavedError as error:
-        if isinstance(error, NoRoomError) or "--debug" in sys.orig_argv:
+        if "--debug" in sys.orig_argv:
             raise
         print(f"assay: {error}", file=sys.stderr, flush=True)
         os._exit(2)  # a tidy end would have each write that is still waiting tell of itself

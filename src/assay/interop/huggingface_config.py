@@ -290,14 +290,13 @@ def _losses(spec: TransformerSpec, family: str) -> list[_Loss]:
     if (spec.encoder is not None) != takes:
         found, legal = ("none", "a stack") if takes else ("a stack", "none")
         return [whole("encoder", found, legal)]
-    for name, stack in (("encoder", spec.encoder), ("decoder", spec.decoder)):
-        if stack is not None and not stack.pattern:
+    both = {"decoder": spec.decoder, "encoder": spec.encoder}
+    stacks = {name: stack for name, stack in both.items() if stack is not None}
+    for name, stack in stacks.items():
+        if not stack.pattern:
             return [whole(f"{name}.num_layers", "0", "at least 1")]
-    blocks = [("decoder", i, block) for i, block in enumerate(spec.decoder.pattern)]
-    if spec.encoder is not None:
-        blocks += [("encoder", i, block) for i, block in enumerate(spec.encoder.pattern)]
-    for stack, i, block in blocks:
-        path, part = f"{stack}.pattern.{i}", block.feed_forward
+    for name, i, block in ((n, i, b) for n, s in stacks.items() for i, b in enumerate(s.pattern)):
+        path, part = f"{name}.pattern.{i}", block.feed_forward
         if block.attention is None:
             return [whole(f"{path}.attention", "none", "attention", depth=3 * i)]
         legal = "moe" if family in EXPERT_FAMILIES else "mlp"

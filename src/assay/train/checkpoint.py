@@ -35,7 +35,7 @@ class NotSavedError(AssayError):
     """Something of the run could not be written. Writes beside it may yet be failing."""
 
 
-class NoRoomError(NotSavedError):
+class NoRoomError(AssayError):
     """There is no room for a checkpoint, and none was begun."""
 
 
@@ -57,7 +57,8 @@ class Checkpoints:
         """Takes the state as it is and writes it in the background. `position` is the data's.
 
         Raises:
-            NotSavedError: if there is no room for it, or the one before could not be written.
+            NoRoomError: if there is no room for it.
+            NotSavedError: if the one before could not be written.
         """
         import orbax.checkpoint as ocp
 
@@ -144,9 +145,7 @@ def need_room(folder: Path, state: TrainState, more: str = "") -> None:
     """
 
     def ask() -> None:
-        keys = jax.dtypes.prng_key
-        leaves = [x for x in jax.tree.leaves(state) if not jax.dtypes.issubdtype(x.dtype, keys)]
-        size = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+        size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
         free = shutil.disk_usage(folder).free
         if size > free:
             raise NoRoomError(

@@ -459,7 +459,7 @@ class _Log:
         if prepared.train_bytes:
             self.bits = prepared.train_tokens / prepared.train_bytes / math.log(2)
         first = processes.is_first()
-        self.path = path = out / "metrics.jsonl" if first else Path(os.devnull)
+        path = out / "metrics.jsonl" if first else Path(os.devnull)
         self.file, self.scored = _continue_lines(path, step) if first else (path.open("w"), None)
         self.tracker = Tracker(out, run, trackers if first else (), step)
 
@@ -521,7 +521,7 @@ class _Log:
             self.file.flush()
         except OSError as error:
             more = "--resume goes on from the newest checkpoint."
-            raise NotSavedError(f"{self.path}: {error.strerror}. {more}") from error
+            raise NotSavedError(f"{self.file.name}: {error.strerror}. {more}") from error
         self.tracker.write(record)
 
     def _watch(self, step: int, record: dict) -> None:
