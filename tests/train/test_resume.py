@@ -1,5 +1,6 @@
 """A run that is stopped and goes on is, bit for bit, the run that was not stopped."""
 
+import errno
 import shutil
 import signal
 import subprocess
@@ -132,6 +133,38 @@ def test_no_room_is_told_before_the_first_step_and_at_a_save(run, tmp_path, monk
         train(read_run(out), out, resume=True, reporter=Full())
     free[0] = 2**40
     assert train(read_run(out), out, resume=True).finished
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (
+            ValueError("RESOURCE_EXHAUSTED: d/58: No [os_error_code='28']"),
+            "No space left on device",
+        ),
+        (PermissionError(errno.EACCES, "Permission denied"), "Permission denied"),
+        (ValueError("UNKNOWN: Gloo AllGather failed: Connection reset by peer"), None),
+        (TimeoutError("Timed out while waiting for async_write_complete barrier."), None),
+        (jax.errors.JaxRuntimeError("UNAVAILABLE: another task died"), None),
+    ],
+    ids=["full", "forbidden", "lost", "barrier", "runtime"],
+)
+def test_only_what_the_disk_refused_is_told_as_such(tmp_path, monkeypatch, error, told):
+    """The others keep their type: of a process that is gone the loop has more to say."""
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+
+    def fail():
+        raise error
+
+    monkeypatch.setattr(checkpoints._manager, "wait_until_finished", fail)
+    with pytest.raises(NotSavedError if told else type(error)) as raised:
+        checkpoints.wait()
+    if told:
+        assert f"could not be written: {told}. None was saved before." in str(raised.value)
+    else:
+        assert raised.value is error
+    monkeypatch.undo()
+    checkpoints.close()
 
 
 def test_metrics_that_cannot_be_written_are_told(run, tmp_path, monkeypatch):

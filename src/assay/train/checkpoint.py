@@ -122,11 +122,12 @@ class Checkpoints:
     def _told(self) -> Iterator[None]:
         try:
             yield
-        except jax.errors.JaxRuntimeError:  # a device's, or of a process that is gone
-            raise
-        except (OSError, ValueError, RuntimeError) as error:  # TensorStore's, through Orbax
+        except Exception as error:
+            why = _refusal(error)
+            if why is None:  # not the disk's: of a device, or of a process that is gone
+                raise
             raise NotSavedError(
-                f"{self.folder}: a checkpoint could not be written: {_why(error)}. {self._whole()}"
+                f"{self.folder}: a checkpoint could not be written: {why}. {self._whole()}"
             ) from error
 
     def _whole(self) -> str:
@@ -156,12 +157,12 @@ def need_room(folder: Path, state: TrainState, more: str = "") -> None:
     processes.all_or_none(lambda: ask() if processes.is_first() else None)
 
 
-def _why(error: Exception) -> str:
-    """The system's own words, which TensorStore gives by their number."""
+def _refusal(error: Exception) -> str | None:
+    """In the system's words, why it would not write; TensorStore gives them by their number."""
     number = re.search(r"os_error_code='(\d+)'", str(error))
     if number:
         return os.strerror(int(number[1]))
-    return getattr(error, "strerror", None) or (str(error) or repr(error)).splitlines()[0]
+    return error.strerror if isinstance(error, OSError) else None
 
 
 def restore_parameters(
