@@ -193,6 +193,15 @@ def test_a_cpus_share_is_of_the_peak_of_the_dtype_that_runs():
     assert 0 < predict(run, cpu, "none").mfu < cpu.chip.efficiency
 
 
+def test_a_speed_has_an_interval_where_runs_of_such_machines_were_published():
+    for name in ("v5p:4x4x4", "h100:64"):
+        speed = predict(on(LLAMA, fsdp=64), parse_topology(name), "block")
+        low, high = speed.interval
+        assert 0.8 * speed.tokens_per_second < low < speed.tokens_per_second < high
+    cpu = Topology(replace(parse_topology("h100").chip, name="cpu"), (1,))
+    assert predict(presets.get("nano").run, cpu, "none").interval is None
+
+
 def test_what_does_not_fit_is_said_not_to():
     assert not make_plan(LLAMA, parse_topology("v5e:1x1"), compile=False).fits
     assert make_plan(LLAMA, parse_topology("v5p:4x4x4"), compile=False).fits

@@ -4,7 +4,8 @@ from statistics import median
 
 import pytest
 
-from assay.plan.published import MISSED, ROWS, efficiencies, leave_one_out
+from assay.plan.published import MISSED, ROWS, efficiencies, leave_one_out, nine_in_ten
+from assay.plan.roofline import NINE_IN_TEN
 from assay.plan.topology import CHIPS
 from assay.spec.accounting import parameters
 
@@ -31,6 +32,19 @@ def test_rows_of_each_source_are_missed_by_little():
 def test_chips_carry_the_efficiency_of_their_rows():
     for name, efficiency in efficiencies().items():
         assert CHIPS[name].efficiency == pytest.approx(efficiency, abs=0.006)
+
+
+def test_a_plans_interval_is_that_of_the_published_runs():
+    for machines, of in NINE_IN_TEN.items():
+        assert nine_in_ten(tpu=machines == "tpu") == pytest.approx(of, abs=0.005)
+
+
+def test_the_interval_holds_for_each_large_table():
+    """So that one with many rows does not make it for the others."""
+    low, high = NINE_IN_TEN["gpu"]
+    for chip in ("a100", "h100", "h200"):
+        shares = [row.tokens / p for row, _, p in RESULTS if row.where.chip.name == chip]
+        assert sum(low <= share <= high for share in shares) / len(shares) > 0.75, chip
 
 
 @pytest.mark.parametrize(

@@ -162,6 +162,13 @@ def _print(model: str, plan, others, *, asked: bool, priced: bool) -> None:
         f"\n{speed:,.0f} tokens/s, {speed / plan.topology.devices:,.0f} a device, "
         f"MFU {data['predicted_mfu']:.1%}, {data['flops_per_step']:.3g} FLOPs an update"
     )
+    if data["predicted_tokens_per_second_pi90"]:
+        low, high = data["predicted_tokens_per_second_pi90"]
+        kind = "TPU" if plan.topology.is_tpu else "GPU"
+        console.print(
+            f"{low:,.0f} to {high:,.0f} tokens/s, by how far nine in ten published runs on {kind}s "
+            "were off"
+        )
     if data["dollars_per_billion_tokens"] is not None:
         console.print(
             f"${data['dollars_per_billion_tokens']:,.2f} a billion tokens at "

@@ -101,6 +101,7 @@ class Plan:
             "predicted_step_seconds": self.speed.step_seconds,
             "predicted_seconds": asdict(self.speed.time),
             "predicted_tokens_per_second": self.speed.tokens_per_second,
+            "predicted_tokens_per_second_pi90": self.speed.interval,
             "predicted_mfu": self.speed.mfu,
             "dollars_per_billion_tokens": self.speed.dollars_per_billion_tokens,
             "compiled": compiled is not None or self.refused is not None,

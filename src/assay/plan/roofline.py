@@ -27,6 +27,10 @@ what is gathered late, a sum of activations or an exchange: what comes next need
 IN_PIECES = EXPOSED | {"stream": 0.5}
 """The same where products are taken in pieces, as a TPU's compiler does."""
 
+NINE_IN_TEN = {"tpu": (0.93, 1.08), "gpu": (0.86, 1.08)}
+"""Between which shares of what is predicted of them nine in ten published runs lie
+(`published.nine_in_ten`)."""
+
 
 @dataclass(frozen=True)
 class Time:
@@ -52,10 +56,13 @@ class Speed:
     """What a roofline says of a run.
 
     `mfu` counts no recomputation, against bfloat16's peak; on a CPU, against its run's dtype's.
+    `interval`: tokens a second, lowest and highest, as far as published runs of such machines were
+    from what is predicted of them, in nine of ten; None of a CPU, of which none were published.
     """
 
     time: Time
     tokens_per_second: float
+    interval: tuple[float, float] | None
     mfu: float
     dollars_per_billion_tokens: float | None
 
@@ -154,4 +161,8 @@ def predict(
     if chip.name == "cpu" and run.compute.dtype == "float32":
         peak *= chip.float32
     mfu = global_flops(run) / time.total / (peak * devices)
-    return Speed(time, speed, mfu, dollars)
+    interval = None
+    if chip.name != "cpu":
+        low, high = NINE_IN_TEN["tpu" if topology.is_tpu else "gpu"]
+        interval = (low * speed, high * speed)
+    return Speed(time, speed, interval, mfu, dollars)
