@@ -456,6 +456,22 @@ def test_a_mesh_and_other_kernels_do_without():
         assert not names(partial(product, cpu="blas"), x, w)
 
 
+def test_an_mkl_that_does_not_link_is_left_out(tmp_path):
+    code = """
+from assay.model import compiled
+compiled.mkl = lambda: ("-DMKL", "/nowhere/libmkl_core.so.2")
+from assay.model import blas
+print(*blas.build())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"ASSAY_CACHE": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.startswith("True") and "SciPy's OpenBLAS" in done.stdout, done.stdout
+
+
 def test_without_a_compiler_xla_does_it(tmp_path):
     code = "from assay.model import blas; print(*blas.build())"
     for turned_off in ({"ASSAY_NATIVE": "0"}, {"PATH": str(tmp_path)}):

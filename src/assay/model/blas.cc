@@ -31,7 +31,7 @@ extern "C" void sgemm_(const char*, const char*, const int*, const int*, const i
                        const int*);
 Sgemm sgemm = sgemm_;
 #else
-Sgemm sgemm = nullptr;  // given by blas.py
+Sgemm sgemm = nullptr;  // given by blas.py, through set_sgemm
 #endif
 
 struct Matrix {
@@ -736,7 +736,9 @@ ffi::Error Make(ffi::ThreadPool pool, ffi::RemainingArgs in, ffi::RemainingRets 
 
 }  // namespace
 
+#ifndef MKL
 extern "C" void set_sgemm(void* function) { sgemm = reinterpret_cast<Sgemm>(function); }
+#endif
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(make, Make,
                               ffi::Ffi::Bind()

@@ -24,7 +24,6 @@ from jaxtyping import Array, Float, Float32, Int32
 from assay.model.compiled import (
     NotCompiledError,
     library,
-    mkl,
     processor_features,
     processor_is,
 )
@@ -44,7 +43,7 @@ def build() -> tuple[bool, str]:
 def _build() -> tuple[bool, str]:
     try:
         compiled, whose = library("blas"), "Intel's MKL"
-        if not mkl():
+        if hasattr(compiled, "set_sgemm"):  # not linked with MKL
             compiled.set_sgemm.argtypes = [ctypes.c_void_p]
             compiled.set_sgemm(_openblas())
             whose = "SciPy's OpenBLAS"

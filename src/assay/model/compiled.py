@@ -41,29 +41,39 @@ def begin(name: str) -> None:
 
 def _begun(name: str) -> None:
     with contextlib.suppress(NotCompiledError):  # `library` will say it
-        _compiled(name)
+        _compiled(name, _linked(name)[0])
 
 
 def library(name: str) -> ctypes.CDLL:
     """The shared library of one source file, compiled if it was not yet for this machine.
 
+    Where it does not link with MKL, or does not load, it is the one without.
+
     Raises:
         NotCompiledError: if that is turned off, or there is no compiler, or it failed.
     """
-    try:
-        return ctypes.CDLL(str(_compiled(name)))
-    except OSError as error:
-        raise NotCompiledError(f"{name}.cc did not compile ({error}).") from error
+    for libraries in _linked(name):
+        try:
+            return ctypes.CDLL(str(_compiled(name, libraries)))
+        except NotCompiledError as error:
+            failed = error
+        except OSError as error:
+            failed = NotCompiledError(f"{name}.cc did not load ({error}).")
+    raise failed
 
 
-def _compiled(name: str) -> Path:
+def _linked(name: str) -> tuple[tuple[str, ...], ...]:
+    """What the library is linked with, the first that works."""
+    return (mkl(), ()) if name == "blas" and mkl() else ((),)
+
+
+def _compiled(name: str, libraries: tuple[str, ...]) -> Path:
     if os.environ.get("ASSAY_NATIVE") == "0":
         raise NotCompiledError("ASSAY_NATIVE is 0.")
     compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
     if compiler is None:
         raise NotCompiledError("there is no C++ compiler (c++, g++ or clang++).")
     source, flags = Path(__file__).with_name(f"{name}.cc"), (*SOURCES[name], *FLAGS)
-    libraries = mkl() if name == "blas" else ()
     versions = (metadata.version("jaxlib"), compiler, *flags, *libraries, *processor_features())
     key = hashlib.sha256(b"\0".join((source.read_bytes(), *map(str.encode, versions))))
     path = files.folder() / "native" / f"{key.hexdigest()[:32]}.so"
