@@ -1,6 +1,7 @@
 """The command as scripts use it: fields of --json, exit statuses, one plain sentence."""
 
 import json
+import math
 import sys
 
 import pytest
@@ -75,6 +76,48 @@ def test_plan_says_what_it_planned(last_json, assay, monkeypatch):
     asked = assay(*large, "--no-compile", "--price", "3")[1]
     assert "at $3.00 a chip-hour\n" in asked
     assert "not compiled" not in asked
+
+
+def test_plan_of_a_whole_training(last_json, assay):
+    asked = ("plan", "gpt2", "--topology", "v5e:2x2", "--no-compile", "--tokens", "2.5B")
+    of = last_json(*asked, "--price", "2")["training"]
+    assert of["tokens"] == 2_500_000_000
+    assert of["updates"] == math.ceil(2.5e9 / (4 * 1024))
+    assert of["dollars"] == pytest.approx(2 * of["device_hours"])
+    assert of["device_hours"] == pytest.approx(4 * of["seconds"] / 3600)
+    low, high = of["interval"]
+    assert low < of["seconds"] < high
+    assert "2,500,000,000 tokens: 610,352 updates, " in " ".join(assay(*asked)[1].split())
+
+
+def test_plan_compares_machines(last_json, assay):
+    asked = ("plan", "llama-3-8b", "--topology", "v5e:2x2,v5p:2x2x2,h100:8", "--search")
+    speeds = [p["predicted_tokens_per_second"] for p in last_json(*asked)["machines"][:2]]
+    assert speeds == sorted(speeds, reverse=True)  # a price is missing, so by speed
+    plans = last_json(*asked, "--price", ",,2.99", "--tokens", "1T")["machines"]
+    assert plans[-1]["topology"] == "v5e:2x2"  # in which it does not fit
+    assert [plan["fits"] for plan in plans] == [True, True, False]
+    costs = [plan["training"]["dollars"] for plan in plans]
+    assert costs[0] < costs[1]
+    said = " ".join(assay(*asked)[1].split())
+    assert "v5e:2x2: does not fit." in said
+    assert "no list price of h100:8" in said
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        (("--tokens", "many"), "--tokens: found 'many'; a number is expected, as in 300B"),
+        (("--tokens", "-5B"), "--tokens: found '-5B'"),
+        (("--price", "cheap"), "--price: found 'cheap'; dollars a chip-hour are expected"),
+        (("--price", "1,2,3"), "--price: found 3 prices of 2 machines; one for all"),
+        (("--price", "-1"), "--price: found '-1'"),
+    ],
+)
+def test_plan_refuses_what_is_no_number(assay, asked, told):
+    code, _, error = assay("plan", "nano", "--topology", "v5e:2x2,h100:8", *asked)
+    assert code == 2
+    assert told in " ".join(error.split())
 
 
 def test_plan_of_a_run_takes_its_batches_and_dtype(last_json, tmp_path):

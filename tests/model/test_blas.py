@@ -469,7 +469,8 @@ print(*blas.build())
         capture_output=True,
         text=True,
     )
-    assert done.stdout.startswith("True") and "SciPy's OpenBLAS" in done.stdout, done.stdout
+    assert done.stdout.startswith("True"), done.stdout
+    assert "SciPy's OpenBLAS" in done.stdout
 
 
 def test_without_a_compiler_xla_does_it(tmp_path):

@@ -1,5 +1,7 @@
 """Planning a run before it is paid for."""
 
+import math
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
@@ -18,7 +20,11 @@ RUNNERS_UP = 7
 def plan(
     model: Model,
     topology: Annotated[
-        str, typer.Option(help="Chips: v5p:4x4x4, v6e:16x16, h100:8, cpu.")
+        str,
+        typer.Option(
+            help="Chips: v5p:4x4x4, v6e:16x16, h100:8, cpu. Several, as v5e:16x16,h100:64, are "
+            "compared."
+        ),
     ] = "cpu",
     mesh: Annotated[
         str | None, typer.Option(help="Devices by axis: fsdp=16,tensor=4. All fsdp if left out.")
@@ -48,7 +54,21 @@ def plan(
     compile: Annotated[
         bool, typer.Option("--compile/--no-compile", help="Compile for a TPU that is not there.")
     ] = True,
-    price: Annotated[float | None, typer.Option(help="US dollars a chip-hour.", min=0)] = None,
+    price: Annotated[
+        str | None,
+        typer.Option(
+            metavar="<float>",
+            help="US dollars a chip-hour. Of several machines: one for all, or one each, as "
+            "1.2,2.99.",
+        ),
+    ] = None,
+    tokens: Annotated[
+        str | None,
+        typer.Option(
+            metavar="<int>",
+            help="Of the whole training, as 300B or 15T: adds its time and cost.",
+        ),
+    ] = None,
     settings: Settings = None,
     as_json: Json = False,
 ) -> None:
@@ -67,20 +87,40 @@ def plan(
         "mesh": mesh_of(mesh),
     }
     changes = {path: value for path, value in flags.items() if value is not None}
-    machine = with_price(parse_topology(topology), price)
     changes |= changes_of(settings)
+    names = [name.strip() for name in topology.split(",")]
+    prices = _prices(price, names)
+    machines = [
+        with_price(parse_topology(name), of) for name, of in zip(names, prices, strict=True)
+    ]
+    whole = None if tokens is None else _tokens(tokens)
     free = "data.batch_size" not in changes
     is_run = kind_of(model) == "run"  # its own batches and dtype, then
-    if free and (search or not is_run):
-        changes["data.batch_size"] = machine.devices
     if not is_run and not {"compute", "compute.dtype"} & changes.keys():
         changes["compute.dtype"] = "bfloat16"
-    run = run_of(model, changes)
-    if "data.seq_len" not in changes and not is_run:
-        run = run.at("data.seq_len", run.model.context)
+
+    def run_on(machine):
+        each = {"data.batch_size": machine.devices} if free and (search or not is_run) else {}
+        run = run_of(model, changes | each)
+        if "data.seq_len" in changes or is_run:
+            return run
+        return run.at("data.seq_len", run.model.context)
 
     from assay.plan import planner
 
+    if len(machines) > 1:
+        plans = [
+            _on_machine(run_on(machine), machine, search=search, free=free, mesh=mesh, remat=remat)
+            for machine in machines
+        ]
+        plans = planner.ranked(plans)
+        if not as_json:
+            _print_machines(model, plans, whole)
+        emit({"model": model, "machines": [_as_json(p, model, whole) for p in plans]}, as_json)
+        return
+
+    (machine,) = machines
+    run = run_on(machine)
     if search:
         held = run.mesh if mesh is not None else None
         plans = planner.search(run, machine, batch=free, mesh=held, remat=remat, most=200)
@@ -91,11 +131,64 @@ def plan(
     else:
         best, others = planner.make_plan(run, machine, remat, compile=compile), []
     if not as_json:
-        _print(model, best, others, asked=compile, priced=price is not None)
-    data = best.as_json() | {"model": model}
+        _print(model, best, others, whole, asked=compile, priced=price is not None)
+    data = _as_json(best, model, whole)
     if search:
-        data["runners_up"] = [other.as_json() | {"model": model} for other in others]
+        data["runners_up"] = [_as_json(other, model, whole) for other in others]
     emit(data, as_json)
+
+
+def _on_machine(run, machine, *, search, free, mesh, remat):
+    """The best estimated plan of one machine; where a search finds none, what needs least."""
+    from assay.plan import planner
+
+    if not search:
+        return planner.make_plan(run, machine, remat, compile=False)
+    held = run.mesh if mesh is not None else None
+    found = planner.search(run, machine, batch=free, mesh=held, remat=remat, most=1)
+    plan = found[0] if found else planner.least(run, machine, held)
+    if plan is None:
+        raise AssayError(_what_would_fit(run, machine, held))
+    return plan
+
+
+def _as_json(plan, model: str, whole: int | None) -> dict:
+    from assay.plan.planner import training
+
+    data = plan.as_json() | {"model": model}
+    return data if whole is None else data | {"training": asdict(training(plan, whole))}
+
+
+def _prices(text: str | None, names: list[str]) -> list[float | None]:
+    """One price for all machines, or one each; one that is left empty is the list's."""
+    if text is None:
+        return [None] * len(names)
+    try:
+        prices = [float(one) if one.strip() else None for one in text.split(",")]
+    except ValueError:
+        prices = [-1.0]
+    if not all(one is None or 0 <= one < math.inf for one in prices):
+        raise AssayError(f"--price: found '{text}'; dollars a chip-hour are expected, as in 2.99.")
+    if len(prices) not in (1, len(names)):
+        found = f"{counted(len(prices), 'price')} of {counted(len(names), 'machine')}"
+        raise AssayError(f"--price: found {found}; one for all is expected, or one each.")
+    return prices * (len(names) if len(prices) == 1 else 1)
+
+
+TIMES = {"": 1, "k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
+
+
+def _tokens(text: str) -> int:
+    number, unit = text.strip(), ""
+    if number[-1:].lower() in TIMES and number[-1:]:
+        number, unit = number[:-1], number[-1].lower()
+    try:
+        tokens = float(number) * TIMES[unit]
+    except ValueError:
+        tokens = 0.0
+    if not 1 <= tokens < math.inf:
+        raise AssayError(f"--tokens: found '{text}'; a number is expected, as in 300B or 15T.")
+    return round(tokens)
 
 
 def _what_would_fit(run, machine, mesh) -> str:
@@ -125,7 +218,7 @@ def _what_would_fit(run, machine, mesh) -> str:
     return f"{sentence}: take more chips, or larger ones."
 
 
-def _print(model: str, plan, others, *, asked: bool, priced: bool) -> None:
+def _print(model: str, plan, others, whole, *, asked: bool, priced: bool) -> None:
     data, chip, console = plan.as_json(), plan.topology.chip, out()
     verdict = "[green]fits[/]" if plan.fits else "[red]does not fit[/]"
     axes = ", ".join(f"{axis}={size}" for axis, size in data["mesh"].items()) or "one device"
@@ -177,6 +270,8 @@ def _print(model: str, plan, others, *, asked: bool, priced: bool) -> None:
         )
     elif chip.name != "cpu":
         console.print(f"no list price of {chip.kind}: --price gives the cost")
+    if whole is not None:
+        _print_training(plan, whole)
     for axis, size in data["collective_bytes_per_step"].items():
         console.print(f"{axis} sends {size / 1e9:,.2f} GB a device and update")
     if data["compiler"]:
@@ -211,6 +306,76 @@ def _print(model: str, plan, others, *, asked: bool, priced: bool) -> None:
                 f"{row['predicted_mfu']:.1%}",
             )
         console.print(table)
+
+
+def _print_training(plan, whole: int) -> None:
+    from assay.plan.planner import training
+
+    of = training(plan, whole)
+    between = ""
+    if of.interval is not None:
+        size, unit = _unit(of.interval[0])
+        low, high = (f"{seconds / size:,.1f}" for seconds in of.interval)
+        between = f" ({low} to {high} {unit})"
+    cost = "" if of.dollars is None else f", ${of.dollars:,.0f}"
+    out().print(
+        f"{of.tokens:,} tokens: {counted(of.updates, 'update')}, {_time(of.seconds)}{between}, "
+        f"{of.device_hours:,.0f} chip-hours{cost}, updates alone"
+    )
+
+
+def _print_machines(model: str, plans, whole: int | None) -> None:
+    from assay.plan.planner import training
+    from assay.plan.roofline import NINE_IN_TEN
+
+    console = out()
+    console.print(
+        f"[bold]{model}[/], {plans[0].run.data.seq_len:,} tokens a sequence, "
+        f"{plans[0].run.compute.dtype}, estimated; none was compiled.\n"
+    )
+    table = Table("machine", "mesh", "batch", "memory", "tokens/s", "MFU", "$/B", box=None)
+    if whole is not None:
+        table.add_column("time")
+        table.add_column("$")
+    for plan in plans:
+        row, speed = plan.as_json(), plan.speed
+        cost = speed.dollars_per_billion_tokens
+        cells = [
+            plan.topology.name,
+            ", ".join(f"{axis}={size}" for axis, size in row["mesh"].items()) or "-",
+            _batch(plan.run),
+            _size(row["bytes_per_device"]),
+            f"{speed.tokens_per_second:,.0f}",
+            f"{speed.mfu:.0%}",
+            "-" if cost is None else f"{cost:,.0f}",
+        ]
+        if whole is not None:
+            of = training(plan, whole)
+            cells += [_time(of.seconds), "-" if of.dollars is None else f"{of.dollars:,.0f}"]
+        table.add_row(*cells, style=None if plan.fits else "red")
+    console.print(table)
+    for plan in plans:
+        if not plan.fits:
+            console.print(f"{plan.topology.name}: does not fit.", style="red")
+    kinds = {"TPU" if plan.topology.is_tpu else "GPU" for plan in plans if plan.speed.interval}
+    for kind in sorted(kinds):
+        low, high = NINE_IN_TEN[kind.lower()]
+        console.print(
+            f"Nine in ten published runs on {kind}s had {low} to {high} times the speed predicted."
+        )
+    if unpriced := [plan.topology.name for plan in plans if plan.topology.chip.price is None]:
+        console.print(f"no list price of {', '.join(unpriced)}: --price gives the cost")
+
+
+def _time(seconds: float) -> str:
+    """As people say it: 43.0 s, 12.5 min, 5.2 h, 3.4 days."""
+    size, unit = _unit(seconds)
+    return f"{seconds / size:,.1f} {unit}"
+
+
+def _unit(seconds: float) -> tuple[int, str]:
+    units = ((86400, "days"), (3600, "h"), (60, "min"), (1, "s"))
+    return next((of for of in units if seconds >= 2 * of[0]), units[-1])
 
 
 def _print_serving(data: dict, topology) -> None:

@@ -4,6 +4,7 @@ Three depths, each saying how sure it is: from the spec alone (`memory`, `work`)
 machine itself where its compiler is here (`compiled`), and a roofline for the time (`roofline`).
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -122,6 +123,50 @@ class Plan:
 
     def _sent(self) -> dict[str, float]:
         return collective_bytes(self.run, POLICIES[self.run.compute.remat])
+
+
+@dataclass(frozen=True)
+class Training:
+    """What the updates of a whole training take. `interval`: seconds, as far as the speed's goes.
+
+    Evaluations, checkpoints and machines that fail are not in it.
+    """
+
+    tokens: int
+    updates: int
+    seconds: float
+    interval: tuple[float, float] | None
+    device_hours: float
+    dollars: float | None
+
+
+def training(plan: Plan, tokens: int) -> Training:
+    """The whole training of a planned run: as many updates as `tokens` take."""
+    speed, chip = plan.speed, plan.topology.chip
+    updates = math.ceil(tokens / (plan.run.data.batch_size * plan.run.data.seq_len))
+    seconds = updates * speed.step_seconds
+    interval = None
+    if speed.interval is not None:
+        low, high = speed.interval
+        of = speed.tokens_per_second * seconds
+        interval = (of / high, of / low)
+    hours = seconds / 3600 * plan.topology.devices
+    dollars = None if chip.price is None else hours * chip.price
+    return Training(tokens, updates, seconds, interval, hours, dollars)
+
+
+def ranked(plans: list[Plan]) -> list[Plan]:
+    """The same run on several machines: cheapest first where all have a price, else fastest.
+
+    What does not fit comes last.
+    """
+
+    def place(plan: Plan) -> tuple[bool, float]:
+        dollars = plan.speed.dollars_per_billion_tokens
+        return not plan.fits, dollars if priced else -plan.speed.tokens_per_second
+
+    priced = all(plan.topology.chip.price is not None for plan in plans)
+    return sorted(plans, key=place)
 
 
 def make_plan(run: RunSpec, topology: Topology, remat: str = "auto", *, compile: bool) -> Plan:

@@ -24,6 +24,7 @@ S source tokens.
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from typing import Literal
 
@@ -93,6 +94,7 @@ class Flops:
         return TRAINING_OVER_FORWARD * (self.forward + self.ahead)
 
 
+@lru_cache(maxsize=64)  # a search asks it of one spec thousands of times
 def parameters(spec: TransformerSpec) -> Parameters:
     """Every parameter once (a tied head's are the embedding's), padded rows included."""
     parts = dict.fromkeys(PARTS, Count())
@@ -101,6 +103,7 @@ def parameters(spec: TransformerSpec) -> Parameters:
     return Parameters(parts)
 
 
+@lru_cache(maxsize=64)
 def flops_per_token(
     spec: TransformerSpec,
     seq_len: int | None = None,
