@@ -134,15 +134,20 @@ def test_remat_trades_memory_and_changes_nothing(run):
         )
 
 
-def test_an_offloaded_optimizer_takes_the_same_steps(run, tmp_path):
-    """On a mesh of two; its statistics lie in the host's memory between steps."""
-    run = run.changed({"train.budget.amount": 6, "train.log_every": 1, "mesh": {"fsdp": 2}})
+@pytest.mark.parametrize("devices", [1, 2])
+def test_an_offloaded_optimizer_takes_the_same_steps(run, tmp_path, devices):
+    """Its statistics lie in the host's memory between steps."""
+    run = run.changed({"train.budget.amount": 6, "train.log_every": 1, "mesh": {"fsdp": devices}})
     train(run, tmp_path / "device")
     host = run.at("compute.offload_optimizer", True)
     train(host, tmp_path / "host", stop_at=3)
     train(read_run(tmp_path / "host"), tmp_path / "host", resume=True)
-    assert lines(tmp_path / "host") == lines(tmp_path / "device")
-    with use_mesh(make_mesh(run.mesh)) as mesh:
+    on_host, on_device = lines(tmp_path / "host"), lines(tmp_path / "device")
+    if devices > 1:
+        assert on_host == on_device
+    for here, there in zip(on_host, on_device, strict=True):  # other kernels where there is no mesh
+        assert here["loss"] == pytest.approx(there["loss"], rel=1e-5)
+    with use_mesh(make_mesh(run.mesh, of_one=True)) as mesh:
         state = jax.eval_shape(lambda: initial_state(host))
         params = parameter_shardings(abstract(run.model, run.compute), mesh)
         places = state_shardings(state, params, mesh, offload=True)

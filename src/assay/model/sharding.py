@@ -118,13 +118,15 @@ def _drawn(key, shape, uniform, bound, std, scale):
 # ---------------------------------------------------------------------------- meshes
 
 
-def make_mesh(spec: MeshSpec) -> Mesh | None:
+def make_mesh(spec: MeshSpec, *, of_one: bool = False) -> Mesh | None:
     """The mesh over the first devices; None where the spec asks for one device only.
+
+    With `of_one` that is a mesh too: what says where arrays lie needs one.
 
     Raises:
         AssayError: if there are fewer devices than the mesh needs.
     """
-    if spec.devices == 1:
+    if spec.devices == 1 and not of_one:
         return None
     found = jax.device_count()
     if spec.devices > found:

@@ -102,7 +102,7 @@ def train(
             f"{jax.device_count()}, and each must take part: --mesh data={jax.device_count()}."
         )
     try:
-        with use_mesh(make_mesh(run.mesh)) as mesh:
+        with use_mesh(make_mesh(run.mesh, of_one=run.compute.offload_optimizer)) as mesh:
             return _train(run, out, mesh, resume, stop_at, reporter, trackers)
     except jax.errors.JaxRuntimeError as error:
         if jax.process_count() == 1:
