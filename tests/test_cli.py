@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from assay import cli
+from assay.spec import presets
 from tests.train.conftest import made_text
 
 
@@ -65,7 +66,7 @@ def test_plan_says_what_it_planned(last_json, assay, monkeypatch):
 
     monkeypatch.setattr(planner, "can_compile", lambda topology: False)
     assert last_json("plan", "nano", "--set", "data.seq_len=128")["seq_len"] == 128
-    small = assay("plan", "nano")[1]
+    small = assay("plan", "nano", "--batch-size", 1)[1]
     assert "0.00 GiB" not in small
     assert "1 sequence " in small
     large = ("plan", "gpt2", "--topology", "v5e:2x2")
@@ -121,8 +122,6 @@ def test_plan_refuses_what_is_no_number(assay, asked, told):
 
 
 def test_plan_of_a_run_takes_its_batches_and_dtype(last_json, tmp_path):
-    from assay.spec import presets
-
     changes = {"data.batch_size": 24, "data.seq_len": 48, "compute.dtype": "float32"}
     run = presets.get("tiny-gpt").run.changed(changes)
     (tmp_path / "run.json").write_text(json.dumps({"spec": run.model_dump(mode="json")}))
@@ -132,8 +131,22 @@ def test_plan_of_a_run_takes_its_batches_and_dtype(last_json, tmp_path):
     asked = ("--batch-size", 2, "--seq-len", 32, "--dtype", "bfloat16")
     planned = last_json("plan", tmp_path, *asked)
     assert [planned[field] for field in fields] == [2, 32, "bfloat16"]
-    planned = last_json("plan", "tiny-gpt")
-    assert [planned[field] for field in fields] == [1, run.model.context, "bfloat16"]
+    planned = last_json("plan", "tiny-gpt", "--topology", "h100:2")
+    assert [planned[field] for field in fields] == [2, run.model.context, "bfloat16"]
+    planned = last_json("plan", "tiny-gpt")  # on a CPU, as it would be trained
+    assert [planned[field] for field in fields] == [12, run.model.context, "float32"]
+
+
+def test_plan_holds_to_what_is_set(last_json, tmp_path):
+    on = ("plan", "gpt2", "--topology", "h100:8", "--no-compile")
+    assert last_json(*on, "--set", "compute.remat=block")["remat"] == "block"
+    assert last_json(*on, "--set", "compute.remat=block", "--remat", "auto")["remat"] == "none"
+    assert last_json(*on, "--search", "--set", "mesh.data=8")["mesh"] == {"data": 8}
+    asked = ("--search", "--batch-size", 64, "--set", "train.accumulate=4")
+    assert last_json(*on, *asked)["accumulate"] == 4
+    run = presets.get("gpt2").run.at("compute.remat", "block")
+    (tmp_path / "run.json").write_text(json.dumps({"spec": run.model_dump(mode="json")}))
+    assert last_json("plan", tmp_path, "--topology", "h100:8")["remat"] == "block"
 
 
 def test_show_tells_what_mup_changes(last_json, assay):

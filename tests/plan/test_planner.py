@@ -45,6 +45,69 @@ def test_products_are_the_accounts():
     )
 
 
+@pytest.mark.parametrize("name", presets.PRESETS)
+def test_every_preset_is_planned(name):
+    for topology in ("h100:1", "v5e:1x1"):
+        plan = make_plan(presets.get(name).run, parse_topology(topology), compile=False)
+        assert plan.bytes_per_device > 0
+        assert plan.speed.tokens_per_second > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "topology", "kept"),
+    [
+        ("gpt2", {}, "v5e:2x2", 0),
+        ("gpt2", {}, "h100:4", 0),
+        ("gpt2", {"data.seq_len": 1000}, "v5e:2x2", 12),  # no whole number of tiles
+        ("gpt2", {"compute.dtype": "float32"}, "h100:4", 12),  # cuDNN takes bfloat16
+        ("gpt2", {"compute.kernels": "plain"}, "h100:4", 12),
+        ("gpt2", {"model.decoder.pattern.*.attention.dropout": 0.1}, "v5e:2x2", 12),
+        ("gemma-2-2b", {}, "v5e:2x2", 0),
+        ("gemma-2-2b", {}, "h100:4", 26),  # a soft cap, and heads of 256
+        ("bloom-560m", {}, "v5e:2x2", 24),  # ALiBi
+        (
+            "transformer-base",
+            {},
+            "v5e:2x2",
+            12,
+        ),  # the source's and cross-attention, not the target's
+    ],
+)
+def test_scores_are_counted_where_no_kernel_makes_the_attention(name, changes, topology, kept):
+    """Held to the program too: its Pallas kernels are none where all are kept (`-m slow`)."""
+    run = presets.get(name).run.changed({"data.seq_len": 512, "compute.dtype": "bfloat16"})
+    run = run.changed({"data.batch_size": 4, **changes})
+    plan = make_plan(run, parse_topology(topology), "block", compile=False)
+    assert plan.as_json()["attentions_with_scores"] == kept
+
+
+def test_tables_that_tensor_does_not_divide_are_whole_on_each_device():
+    run = presets.get("gpt2").run  # 50,257 rows
+    tensor, fsdp = on(run, tensor=4), on(run, fsdp=4)
+    table, total = 50257 * 768, parameters(run.model).total
+    assert training_memory(tensor, "block").parameters == 4 * ((total - table) / 4 + table)
+    assert training_memory(fsdp, "block").parameters == total
+    even = on(run.at("model.vocab_multiple", 64), tensor=4)
+    assert training_memory(even, "block").parameters == parameters(even.model).total
+
+
+def test_momentum_is_a_statistic():
+    run = presets.get("gpt2").run.at("optimizer", "sgd")
+    plain, momentum = (
+        training_memory(r, "block") for r in (run, run.at("optimizer.momentum", 0.9))
+    )
+    assert plain.optimizer == 0
+    assert momentum.optimizer == momentum.parameters
+
+
+def test_sums_of_a_cross_attention_travel_too():
+    """Six layers of two parts, six of three; of the source's gradient in each cross-attention."""
+    run = presets.get("transformer-base").run.changed({"data.batch_size": 4, "data.seq_len": 128})
+    sums = 2 * (6 * 2 + 6 * 3) + 6
+    sent = collective_bytes(on(run, tensor=4), "none")["tensor"]
+    assert sent == sums * 2 * 4 * 128 * 512 * 4 * 3 / 4
+
+
 def test_recomputing_more_costs_more_and_keeps_less():
     run = on(LLAMA, fsdp=64)
     policies = ("none", "dots", "weights", "mlp", "block")

@@ -34,6 +34,9 @@ def test_names_of_machines(text, name, devices):
         ("h100-8", "h100:8"),
         ("v5p:4*4", "expected CHIP:SHAPE"),
         ("v5p:0x4x4", "no chips"),
+        ("v5p-127", "counts cores, of which a chip has two"),
+        ("cpu:2", "'cpu' is this machine, and one device"),
+        ("cpus", "did you mean 'cpu'"),
     ],
 )
 def test_a_wrong_name_is_answered_in_a_sentence(text, sentence):

@@ -32,19 +32,28 @@ def plan(
     batch_size: Annotated[
         int | None,
         typer.Option(
-            help="Sequences an update, over all devices: the run's, else one a device.", min=1
+            help="Sequences an update, over all devices: the run's (a preset's on a CPU), else one "
+            "a device.",
+            min=1,
         ),
     ] = None,
     seq_len: Annotated[
         int | None, typer.Option(help="Tokens a sequence: the run's, else the context.", min=1)
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="float32 or bfloat16, the default; of a run, its own.")
+        str | None,
+        typer.Option(
+            help="float32 or bfloat16, the default; of a run, and on a CPU of a preset, its own."
+        ),
     ] = None,
     optimizer: Annotated[str | None, typer.Option(help="adamw, muon or sgd.")] = None,
     remat: Annotated[
-        str, typer.Option(help="What the backward pass computes again; auto: least that fits.")
-    ] = "auto",
+        str | None,
+        typer.Option(
+            help="What the backward pass computes again: the run's if it says so; auto, the "
+            "default, the least that fits."
+        ),
+    ] = None,
     search: Annotated[
         bool,
         typer.Option(
@@ -96,22 +105,33 @@ def plan(
     whole = None if tokens is None else _tokens(tokens)
     free = "data.batch_size" not in changes
     is_run = kind_of(model) == "run"  # its own batches and dtype, then
-    if not is_run and not {"compute", "compute.dtype"} & changes.keys():
-        changes["compute.dtype"] = "bfloat16"
+    given = {path.split(".")[0] for path in changes}
 
     def run_on(machine):
-        each = {"data.batch_size": machine.devices} if free and (search or not is_run) else {}
-        run = run_of(model, changes | each)
+        """As it would be trained there: a preset on a CPU as it is, else one sequence a device."""
+        own, each = is_run or machine.chip.name == "cpu", {}
+        if free and (search or not own):
+            each["data.batch_size"] = machine.devices
+        if not own and not {"compute", "compute.dtype"} & changes.keys():
+            each["compute.dtype"] = "bfloat16"
+        run = run_of(model, each | changes)
         if "data.seq_len" in changes or is_run:
             return run
         return run.at("data.seq_len", run.model.context)
 
     from assay.plan import planner
 
+    runs = [run_on(machine) for machine in machines]
+    if remat is None:
+        of = runs[0].compute.remat
+        remat = of if of != "none" or "compute.remat" in changes else "auto"
+    held = {"batch": free, "remat": remat}
+    if "train.accumulate" in changes:
+        held["parts"] = (changes["train.accumulate"],)
     if len(machines) > 1:
         plans = [
-            _on_machine(run_on(machine), machine, search=search, free=free, mesh=mesh, remat=remat)
-            for machine in machines
+            _on_machine(run, machine, search=search, meshed="mesh" in given, **held)
+            for run, machine in zip(runs, machines, strict=True)
         ]
         plans = planner.ranked(plans)
         if not as_json:
@@ -119,13 +139,12 @@ def plan(
         emit({"model": model, "machines": [_as_json(p, model, whole) for p in plans]}, as_json)
         return
 
-    (machine,) = machines
-    run = run_on(machine)
+    (machine,), (run,) = machines, runs
     if search:
-        held = run.mesh if mesh is not None else None
-        plans = planner.search(run, machine, batch=free, mesh=held, remat=remat, most=200)
+        mesh = run.mesh if "mesh" in given else None
+        plans = planner.search(run, machine, mesh=mesh, most=200, **held)
         if not plans:
-            raise AssayError(_what_would_fit(run, machine, held))
+            raise AssayError(_what_would_fit(run, machine, mesh))
         best, others = planner.confirmed(plans) if compile else (plans[0], plans[1:])
         others = others[:RUNNERS_UP]
     else:
@@ -138,17 +157,17 @@ def plan(
     emit(data, as_json)
 
 
-def _on_machine(run, machine, *, search, free, mesh, remat):
+def _on_machine(run, machine, *, search: bool, meshed: bool, **held):
     """The best estimated plan of one machine; where a search finds none, what needs least."""
     from assay.plan import planner
 
     if not search:
-        return planner.make_plan(run, machine, remat, compile=False)
-    held = run.mesh if mesh is not None else None
-    found = planner.search(run, machine, batch=free, mesh=held, remat=remat, most=1)
-    plan = found[0] if found else planner.least(run, machine, held)
+        return planner.make_plan(run, machine, held["remat"], compile=False)
+    mesh = run.mesh if meshed else None
+    found = planner.search(run, machine, mesh=mesh, most=1, **held)
+    plan = found[0] if found else planner.least(run, machine, mesh)
     if plan is None:
-        raise AssayError(_what_would_fit(run, machine, held))
+        raise AssayError(_what_would_fit(run, machine, mesh))
     return plan
 
 
@@ -240,6 +259,11 @@ def _print(model: str, plan, others, whole, *, asked: bool, priced: bool) -> Non
     console.print(table)
     if data["serving"]["kv_bytes_per_token"]:
         _print_serving(data, plan.topology)
+    if data["attentions_with_scores"] and chip.name != "cpu":
+        console.print(
+            f"{counted(data['attentions_with_scores'], 'attention')} of it that no kernel makes: "
+            "scores lie in memory."
+        )
     console.print("\n[italic]time of an update, by roofline[/]")
     table = Table(box=None, show_header=False)
     table.add_column("what", style="bold")

@@ -458,7 +458,8 @@ class Attention(nnx.Module):
         spec = self.spec
         if self.flash is None or (key is not None and spec.dropout > 0):
             return False
-        return fits(self.flash, q, causal=causal, window=spec.window, softcap=spec.softcap)
+        shape = (self.flash, q.dtype.name, q.shape[1], q.shape[-1])
+        return fits(*shape, causal=causal, window=spec.window, softcap=spec.softcap)
 
     def _out(self, y: Float[Array, "b t h c"], x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
         """The heads' outputs, gated by the input where there is a gate, and projected."""

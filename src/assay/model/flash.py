@@ -44,18 +44,19 @@ def flash_kernel(compute: ComputeSpec) -> Kernel | None:
 
 def fits(
     kernel: Kernel,
-    q: Float[Array, "b t h c"],
+    dtype: str,
+    t: int,
+    width: int,
     *,
     causal: bool,
     window: int | None,
     softcap: float | None,
 ) -> bool:
-    """Whether a kernel does attention of this shape."""
-    t, width = q.shape[1], q.shape[-1]
+    """Whether a kernel does attention of T queries to as many keys, of heads of C."""
     if kernel == "splash":
         return t % LANES == 0
     return (
-        q.dtype == jnp.bfloat16
+        dtype == "bfloat16"
         and width % 8 == 0
         and width <= CUDNN_WIDTH
         and t % 2 == 0

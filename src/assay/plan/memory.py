@@ -9,12 +9,17 @@ import math
 from dataclasses import dataclass
 
 from assay.plan.work import (
+    ASSAY,
+    System,
+    attending,
     blocks_of,
     expert_parameters,
+    keeps_scores,
     mesh_sizes,
     parameter_ways,
     places,
     statistics,
+    whole_tables,
 )
 from assay.spec.accounting import (
     BYTES,
@@ -44,7 +49,7 @@ class Memory:
         return sum(vars(self).values())
 
 
-def training_memory(run: RunSpec, recompute: str, *, flash: bool = True) -> Memory:
+def training_memory(run: RunSpec, recompute: str, system: System = ASSAY) -> Memory:
     """What one device holds; `recompute` as in `plan/work.py`."""
     spec, mesh, width = run.model, mesh_sizes(run.mesh), BYTES[run.compute.dtype]
     total = parameters(spec).total
@@ -56,17 +61,19 @@ def training_memory(run: RunSpec, recompute: str, *, flash: bool = True) -> Memo
     if recompute == "none":
         kept += sum(_float32(block, spec.d_model, run.mesh) for block in blocks) * 4 / width
     largest = max((_worst(block, spec.d_model, run.mesh) for block in blocks), default=0)
-    if not flash:
-        scores = [b.attention.heads / tensor * run.data.seq_len for b in blocks if b.attention]
-        # Scores and weights, both in float32, and the weights again in the products' dtype.
-        each = 1 + 2 * 4 / width
-        largest += each * max(scores, default=0)
-        kept += each * sum(scores) if recompute in ("none", "dots") else 0
+    scores = [
+        sum(one.spec.heads for one in block if keeps_scores(one, run, system))
+        for block in attending(spec)
+    ]
+    # Scores and weights, both in float32, and the weights again in the products' dtype.
+    each = (1 + 2 * 4 / width) * run.data.seq_len / tensor
+    largest += each * max(scores, default=0)
+    kept += each * sum(scores) if recompute in ("none", "dots") else 0
     # Two layers' parameters, one in use and one on its way; and experts' gradients, made whole.
     each = max(len(blocks), 1) * tensor
     experts = expert_parameters(spec) / each / mesh["expert"]
     layers = 2 * (total - expert_parameters(spec)) / each + 3 * experts
-    vocabulary = spec.padded_vocab / tensor
+    vocabulary = spec.padded_vocab / (1 if whole_tables(run) else tensor)
     return Memory(
         parameters=4 * held,
         optimizer=0 if offloaded else statistics(run),

@@ -7,15 +7,24 @@ machine itself where its compiler is here (`compiled`), and a roofline for the t
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from itertools import product
-from typing import Any
+from functools import partial
+from itertools import chain, product
+from typing import Any, Literal
 
 from assay.errors import AssayError, did_you_mean
+from assay.model.flash import Kernel
 from assay.plan.compiled import Compiled, DoesNotFitError, can_compile, compile_step
 from assay.plan.memory import Memory, Serving, serving_memory, training_memory
 from assay.plan.roofline import Speed, predict
 from assay.plan.topology import Topology
-from assay.plan.work import System, collective_bytes, global_flops, mesh_sizes
+from assay.plan.work import (
+    System,
+    attending,
+    collective_bytes,
+    global_flops,
+    keeps_scores,
+    mesh_sizes,
+)
 from assay.spec.run import MeshSpec, RunSpec
 from assay.train.speed import USABLE
 
@@ -49,6 +58,8 @@ class Plan:
     compiled: Compiled | None
     refused: DoesNotFitError | None
     speed: Speed
+    scores: int
+    """Attentions whose scores are kept, for no kernel makes them."""
 
     @property
     def bytes_per_device(self) -> float:
@@ -105,6 +116,7 @@ class Plan:
             "predicted_tokens_per_second_pi90": self.speed.interval,
             "predicted_mfu": self.speed.mfu,
             "dollars_per_billion_tokens": self.speed.dollars_per_billion_tokens,
+            "attentions_with_scores": self.scores,
             "compiled": compiled is not None or self.refused is not None,
             "compiler": None
             if compiled is None
@@ -212,7 +224,7 @@ def on_mesh(run: RunSpec, topology: Topology) -> RunSpec:
 
 def _plan(run: RunSpec, topology: Topology, compile: bool) -> Plan:
     policy = POLICIES[run.compute.remat]
-    flash = keeps_no_scores(run, topology)
+    system = System(flash=kernel_of(run, topology))
     compiled = refused = None
     if compile and can_compile(topology):
         try:
@@ -222,17 +234,20 @@ def _plan(run: RunSpec, topology: Topology, compile: bool) -> Plan:
     return Plan(
         run=run,
         topology=topology,
-        memory=training_memory(run, policy, flash=flash),
+        memory=training_memory(run, policy, system),
         serving=serving_memory(run, USABLE * topology.chip.memory),
         compiled=compiled,
         refused=refused,
-        speed=predict(run, topology, policy, System(flash=flash)),
+        speed=predict(run, topology, policy, system),
+        scores=sum(keeps_scores(one, run, system) for one in chain(*attending(run.model))),
     )
 
 
-def keeps_no_scores(run: RunSpec, topology: Topology) -> bool:
-    """Whether attention runs by a kernel that never keeps its scores."""
-    return topology.chip.name != "cpu" and run.compute.kernels in ("auto", "flash")
+def kernel_of(run: RunSpec, topology: Topology) -> Kernel | Literal[False]:
+    """The kernel that makes attention there, where it fits: one that never keeps scores."""
+    if topology.chip.name == "cpu" or run.compute.kernels not in ("auto", "flash"):
+        return False
+    return "splash" if topology.is_tpu else "cudnn"
 
 
 def for_target(run: RunSpec, topology: Topology) -> RunSpec:
@@ -269,11 +284,12 @@ def search(
     batch: bool = False,
     mesh: MeshSpec | None = None,
     remat: str = "auto",
+    parts: tuple[int, ...] = PARTS,
     most: int = 8,
 ) -> list[Plan]:
     """The fastest plans that fit, by estimate: every mesh of the devices, and remat policy.
 
-    The batch is the run's; where it does not fit at once, it goes in parts, summed up. With
+    The batch is the run's; where it does not fit at once, it goes in as few of `parts` as fit. With
     `batch` it is proposed too: 1 to 32 sequences a device, the fewest that lose no speed. A `mesh`
     or a policy that is given is held to. If nothing fits otherwise, the optimizer's statistics go
     to the host's memory.
@@ -281,7 +297,7 @@ def search(
     run = for_target(run, topology)
     policies = AUTO if remat == "auto" else (_known(remat),)
     tried = list(meshes(topology.devices)) if mesh is None else [on_mesh(run, topology).mesh]
-    propose = _batch_of if batch else _parts_of
+    propose = _batch_of if batch else partial(_parts_of, parts)
     for offload in (run.compute.offload_optimizer, True):
         plans = [
             propose(
@@ -313,12 +329,14 @@ def least(run: RunSpec, topology: Topology, mesh: MeshSpec | None = None) -> Pla
     return min(filter(None, plans), key=lambda plan: plan.memory.total, default=None)
 
 
-def _parts_of(run: RunSpec, mesh: MeshSpec, topology: Topology) -> Plan | None:
+def _parts_of(
+    parts: tuple[int, ...], run: RunSpec, mesh: MeshSpec, topology: Topology
+) -> Plan | None:
     """The run's batch in as few parts as fit: more are never faster."""
-    for parts in PARTS:
-        if parts > run.data.batch_size:
+    for count in parts:
+        if count > run.data.batch_size:
             break
-        train = run.train.replace(accumulate=parts)
+        train = run.train.replace(accumulate=count)
         plan = _estimated(run, topology, mesh=mesh, train=train)
         if plan is not None and plan.fits:
             return plan

@@ -122,7 +122,7 @@ def parse_topology(text: str) -> Topology:
     Raises:
         AssayError: if the chip is unknown, or the shape is not one.
     """
-    if text == "cpu":
+    if text.lower() in ("cpu", "cpu:1"):
         return Topology(measured_cpu(), (1,))
     match = re.fullmatch(r"([\w-]+?)(?::(\d+(?:x\d+)*)|-(\d+))?", text.lower())
     if match is None:
@@ -130,8 +130,11 @@ def parse_topology(text: str) -> Topology:
     name, shape, slice_size = match.groups()
     if text.lower() in CHIPS:
         name, shape, slice_size = text.lower(), "1", None
+    if name == "cpu":
+        raise AssayError(f"topology: found '{text}'; 'cpu' is this machine, and one device.")
     if name not in CHIPS:
-        raise AssayError(f"topology: '{name}' is no known chip; {did_you_mean(name, CHIPS)}")
+        known = did_you_mean(name, ["cpu", *CHIPS])
+        raise AssayError(f"topology: '{name}' is no known chip; {known}")
     chip = CHIPS[name]
     if shape is not None:
         sizes = tuple(map(int, shape.split("x")))
@@ -140,7 +143,13 @@ def parse_topology(text: str) -> Topology:
     elif not chip.axes:
         raise AssayError(f"topology: found '{text}'; give the number of GPUs as {name}:8.")
     else:
-        chips = int(slice_size) // (2 if chip.axes == 3 else 1)
+        cores = 2 if chip.axes == 3 else 1
+        chips, odd = divmod(int(slice_size), cores)
+        if odd:
+            raise AssayError(
+                f"topology: found '{text}', but {name}-N counts cores, of which a chip has two; "
+                f"chips are named as {name}:2x2x1."
+            )
         sizes = _squarest(chips, chip.axes)
     if 0 in sizes:
         raise AssayError(f"topology: found '{text}', which has no chips.")

@@ -8,11 +8,13 @@ parameters in parts, gathered when a layer needs them; `tensor` splits heads, hi
 vocabulary; `expert` splits the experts, so that tokens travel to them and back.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 
+from assay.model.flash import Kernel, fits
 from assay.spec.accounting import BYTES, flops_per_token, mean_keys, parameters, run_flops_per_token
-from assay.spec.model import BlockSpec, MlpSpec, MoeSpec, TransformerSpec
+from assay.spec.model import AttentionSpec, BlockSpec, MlpSpec, MoeSpec, StackSpec, TransformerSpec
 from assay.spec.run import MeshSpec, RunSpec
 
 RECOMPUTED = ("none", "elementwise", "dots", "weights", "mlp", "block")
@@ -28,8 +30,9 @@ class System:
 
     `fused`: chains of elementwise operations read and write memory once, as compilers make them;
     otherwise each operation does. `flash`: attention never keeps its scores, and skips those that
-    a mask hides; otherwise all T x T are computed and kept. `attention`: the share of the chip's
-    peak that its attention kernel is known to reach, where it is not a present one.
+    a mask hides; otherwise all T x T are computed and kept. Assay's own runs name the kernel, which
+    does so where it fits. `attention`: the share of the chip's peak that its attention kernel is
+    known to reach, where it is not a present one.
 
     Along `tensor`, `in_parts`: norms and residuals lie in parts of the sequence, which are
     gathered before products and scattered after them, and copied into order each time (PyTorch's
@@ -52,7 +55,7 @@ class System:
     """
 
     fused: bool = True
-    flash: bool = True
+    flash: bool | Kernel = True
     attention: float | None = None
     in_parts: bool = False
     gathers_each: bool = False
@@ -124,37 +127,39 @@ def step_work(run: RunSpec, recompute: str, system: System = ASSAY) -> Work:
     spec, mesh = run.model, mesh_sizes(run.mesh)
     width = BYTES[run.compute.dtype]
     tokens = run.data.batch_size * run.data.seq_len / run.mesh.batch_shards
-    products, again, a_key = _flops(spec)
+    products, again = _flops(spec)
     share = 1 / mesh["tensor"]
     forward = sum(products.values())
     flops = 3 * forward + again[recompute]
+    if whole_tables(run) and not system.whole_logits:  # each device along tensor does the head's
+        flops += 3 * products["head"] * (mesh["tensor"] - 1)
     again_too = recompute in ("weights", "block")
-    if system.flash:  # the scores are computed again on the way back: 2.5 times forward
-        scores = a_key * _seen(spec, run.data.seq_len) * (3.5 + again_too)
-    else:
-        scores = a_key * run.data.seq_len * (3 + again_too)
-    traffic = _block_traffic(run, width, recompute, system)
-    if not system.flash:
-        passes = KEPT_SCORES + 3 * again_too
-        traffic += share * passes * width * run.data.seq_len * _heads(spec)
+    traffic, scores = _block_traffic(run, width, recompute, system), 0.0
+    for one in chain(*attending(spec)):
+        a_key = 4 * one.spec.heads * one.spec.width(spec.d_model)
+        if keeps_scores(one, run, system):
+            scores += a_key * run.data.seq_len * (3 + again_too)
+            passes = KEPT_SCORES + 3 * again_too
+            traffic += share * passes * width * run.data.seq_len * one.spec.heads
+        else:  # they are computed again on the way back: 2.5 times forward
+            scores += a_key * one.keys(run.data.seq_len) * (3.5 + again_too)
     traffic = tokens * (traffic + _head_traffic(run, system))
     traffic += optimizer_traffic(run)
     return Work(
         products=tokens * flops * share,
         attention=tokens * scores * share,
         weights=_weight_traffic(run, width),
-        forward=forward / flops,
+        forward=forward / flops if flops else 1 / 3,  # a bigram has no products
         traffic=traffic,
         sent=_sent(run, recompute, system),
         host=2 * statistics(run) if run.compute.offload_optimizer else 0.0,
     )
 
 
-def _flops(spec: TransformerSpec) -> tuple[dict[str, float], dict[str, float], float]:
-    """Forward FLOPs a token: of weights' products by part; those again by policy; of a key."""
+def _flops(spec: TransformerSpec) -> tuple[dict[str, float], dict[str, float]]:
+    """Forward FLOPs a token: of weights' products by part; and of those done again, by policy."""
     one, two = (flops_per_token(spec, t).parts for t in (1, 2))
-    a_key = two["attention"] - one["attention"]
-    products = one | {"attention": one["attention"] - a_key}
+    products = one | {"attention": 2 * one["attention"] - two["attention"]}  # without its keys
     products["feed_forward"] += _empty_places(spec)
     last = sum(_last_product(block.feed_forward, spec.d_model) for block in blocks_of(spec))
     routed = sum(
@@ -171,7 +176,7 @@ def _flops(spec: TransformerSpec) -> tuple[dict[str, float], dict[str, float], f
         "mlp": products["feed_forward"] - last,
         "block": inside - last,
     }
-    return products, again, a_key
+    return products, again
 
 
 def _empty_places(spec: TransformerSpec) -> float:
@@ -186,28 +191,50 @@ def _empty_places(spec: TransformerSpec) -> float:
     )
 
 
-def _heads(spec: TransformerSpec) -> int:
-    """Query heads of all layers together."""
-    return sum(block.attention.heads for block in blocks_of(spec) if block.attention)
-
-
 def blocks_of(spec: TransformerSpec) -> tuple[BlockSpec, ...]:
     """Every block, an encoder's first: a source is taken to be as long as its target."""
     encoder = () if spec.encoder is None else spec.encoder.blocks()
     return encoder + spec.decoder.blocks()
 
 
-def _seen(spec: TransformerSpec, seq_len: int) -> float:
-    """Keys that a query sees, on average over layers and places."""
-    stacks = [stack for stack in (spec.encoder, spec.decoder) if stack is not None]
-    keys = [
-        mean_keys(seq_len, window=block.attention.window, causal=stack.causal)
-        for stack in stacks
-        for block in stack.blocks()
-        if block.attention is not None
-    ]
-    keys += [seq_len for block in spec.decoder.blocks() if block.cross is not None]
-    return sum(keys) / max(len(keys), 1)
+@dataclass(frozen=True)
+class Attending:
+    """One attention of a block. `source`: its keys are a source's, whose padding is masked."""
+
+    spec: AttentionSpec
+    causal: bool
+    source: bool
+
+    def keys(self, seq_len: int) -> float:
+        """Those that a query sees, on average over places."""
+        return mean_keys(seq_len, window=self.spec.window, causal=self.causal)
+
+
+def attending(spec: TransformerSpec) -> tuple[tuple[Attending, ...], ...]:
+    """The attentions of every block, as `blocks_of` has them."""
+
+    def of(block: BlockSpec, stack: StackSpec, source: bool) -> Iterator[Attending]:
+        if block.attention is not None:
+            yield Attending(block.attention, stack.causal, source)
+        if block.cross is not None:
+            yield Attending(block.cross, False, True)
+
+    encoder = () if spec.encoder is None else spec.encoder.blocks()
+    return tuple(tuple(of(block, spec.encoder, True)) for block in encoder) + tuple(
+        tuple(of(block, spec.decoder, False)) for block in spec.decoder.blocks()
+    )
+
+
+def keeps_scores(one: Attending, run: RunSpec, system: System) -> bool:
+    """Whether the scores of an attention lie in memory: no kernel makes it (`model/flash.py`)."""
+    if isinstance(system.flash, bool):
+        return not system.flash
+    spec = one.spec
+    if one.source or spec.dropout > 0 or spec.positions.kind in ("alibi", "relative"):
+        return True
+    shape = (run.compute.dtype, run.data.seq_len, spec.width(run.model.d_model))
+    causal, window, softcap = one.causal, spec.window, spec.softcap
+    return not fits(system.flash, *shape, causal=causal, window=window, softcap=softcap)
 
 
 def _last_product(feed_forward: MlpSpec | MoeSpec | None, d: int) -> float:
@@ -243,7 +270,7 @@ def places(moe: MoeSpec, ways: int) -> float:
 
 # Times that a block's tensors are read or written by elementwise operations in the forward pass,
 # where a compiler fuses what it can; backward is twice that.
-STREAM = 8  # two norms and two sums with the residual, each two reads and two writes of D
+STREAM = 4  # of an attention or feed-forward: a norm and a sum with the residual, of D
 FEW = 2  # one read and one write: rotations, activations
 KEPT_SCORES = 12  # of T x T: written, softmax, weighed; and back, where they are read twice more
 SORTED = 4  # a choice's vector copied to its expert's place and back
@@ -256,7 +283,7 @@ def _block_traffic(run: RunSpec, width: int, recompute: str, system: System) -> 
     """Bytes a token, forward and backward, of all blocks."""
     spec, tensor, passes = run.model, run.mesh.tensor, 0.0
     for block in blocks_of(spec):
-        passes += STREAM * spec.d_model / (tensor if system.in_parts else 1)
+        passes += STREAM * _parts(block) * spec.d_model / (tensor if system.in_parts else 1)
         passes += _inner_passes(block, spec.d_model, run.mesh.expert, system) / tensor
     times = 3 + (recompute != "none")
     traffic = times * passes * (1 if system.fused else UNFUSED)
@@ -267,8 +294,7 @@ def _block_traffic(run: RunSpec, width: int, recompute: str, system: System) -> 
 
 def _inner_passes(block: BlockSpec, d: int, ways: int, system: System) -> float:
     passes = 0.0
-    if block.attention is not None:
-        attention = block.attention
+    for attention in block.attentions().values():
         passes += FEW * (attention.heads + attention.num_kv_heads) * attention.width(d)
     match block.feed_forward:
         case MlpSpec() as mlp:
@@ -289,7 +315,8 @@ def _head_traffic(run: RunSpec, system: System) -> float:
     """Bytes a token: logits in float32 written, read for the softmax, their gradient written."""
     if run.model.head is None:
         return 0
-    return 3 * 4 * run.model.padded_vocab / (1 if system.whole_logits else run.mesh.tensor)
+    whole = system.whole_logits or whole_tables(run)
+    return 3 * 4 * run.model.padded_vocab / (1 if whole else run.mesh.tensor)
 
 
 def _weight_traffic(run: RunSpec, width: int) -> float:
@@ -306,16 +333,33 @@ def optimizer_traffic(run: RunSpec) -> float:
 
 def statistics(run: RunSpec) -> float:
     """Bytes of the optimizer's statistics on a device."""
-    return 4 * STATISTICS[run.optimizer.kind] * parameters(run.model).total / parameter_ways(run)
+    optimizer = run.optimizer
+    each = STATISTICS[optimizer.kind]
+    if optimizer.kind == "sgd" and optimizer.momentum > 0:
+        each = 1
+    return 4 * each * parameters(run.model).total / parameter_ways(run)
 
 
 def parameter_ways(run: RunSpec) -> float:
     """Into how many parts the parameters are split, on average over them."""
     mesh = mesh_sizes(run.mesh)
     total, experts = parameters(run.model).total, expert_parameters(run.model)
-    split = mesh["fsdp"] * mesh["tensor"]
-    held = experts / (split * mesh["expert"]) + (total - experts) / split
-    return total / held
+    split, whole = mesh["fsdp"] * mesh["tensor"], whole_tables(run)
+    held = experts / (split * mesh["expert"]) + (total - experts - whole) / split
+    return total / (held + whole / mesh["fsdp"])
+
+
+def whole_tables(run: RunSpec) -> int:
+    """Parameters of tables whose rows `tensor` does not divide: each device along it has all."""
+    spec, rows = run.model, []
+    for embedding in (spec.embedding, spec.source_embedding):
+        if embedding is not None:
+            rows.append(spec.padded_vocab)
+            orders = embedding.ngrams.orders if embedding.ngrams else ()
+            rows += [embedding.ngrams.table_rows(order, spec.vocab_size) for order in orders]
+    if spec.head is not None and not spec.head.tied:
+        rows.append(spec.padded_vocab)
+    return spec.d_model * sum(each for each in rows if each % run.mesh.tensor)
 
 
 def expert_parameters(spec: TransformerSpec) -> int:
@@ -374,7 +418,11 @@ def _sent(run: RunSpec, recompute: str, system: System) -> tuple[Sent, ...]:
     if system.in_parts:
         activations = stream * _gathers_and_scatters(spec, recompute, system)
     else:
-        activations = (2 + again / 2) * _parts(spec) * 2 * stream
+        # A part's output forward, its input's gradient backward; of a cross-attention, the source's
+        # too.
+        blocks = blocks_of(spec)
+        sums = sum((2 + again / 2) * _parts(block) + (block.cross is not None) for block in blocks)
+        activations = sums * 2 * stream
     if system.whole_logits and spec.head is not None:
         activations += tokens * spec.padded_vocab * width
     reduced, once = held * summed * _travels(mesh["fsdp"]), system.sums_once
@@ -396,12 +444,9 @@ def _sent(run: RunSpec, recompute: str, system: System) -> tuple[Sent, ...]:
     return tuple(one for one in sent if one.size)
 
 
-def _parts(spec: TransformerSpec) -> int:
-    """Attentions and feed-forwards of all blocks."""
-    return sum(
-        (block.attention is not None) + (block.feed_forward is not None)
-        for block in blocks_of(spec)
-    )
+def _parts(block: BlockSpec) -> int:
+    """Attentions and feed-forwards of a block."""
+    return len(block.attentions()) + (block.feed_forward is not None)
 
 
 def _gathers_and_scatters(spec: TransformerSpec, recompute: str, system: System) -> int:
