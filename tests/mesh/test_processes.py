@@ -321,6 +321,10 @@ def test_two_processes_find_each_other(told, arguments):
     [
         ((None, 2, 0), "they need --coordinator"),
         (("localhost", 2, 0), "expected HOST:PORT"),
+        (("http://localhost:1234", 2, 0), "expected HOST:PORT"),
+        (("localhost:0", 2, 0), "port 0, legal are 1 to 65535"),
+        (("[::1]:65536", 2, 0), "port 65536, legal are 1 to 65535"),
+        (("localhost:1234", 0, 0), "--processes: found 0"),
         (("localhost:1234", None, 0), "set JAX_NUM_PROCESSES"),
         (("localhost:1234", 2, 2), "legal are 0 to 1"),
     ],
@@ -330,6 +334,43 @@ def test_what_is_missing_is_named(given, says, monkeypatch):
         monkeypatch.delenv(variable, raising=False)
     with pytest.raises(AssayError, match=says):
         processes.join(*given)
+
+
+def test_a_taken_port_is_told():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        where = f"127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.raises(AssayError, match="cannot be listened at here"):
+            processes.join(where, 2, 0)
+
+
+WAITS = """
+import sys
+from assay.train import processes
+processes.WAITING, processes.MEETING = 1, 3
+processes.join("127.0.0.1:" + sys.argv[1], 2, int(sys.argv[2]))
+"""
+
+
+def test_nobody_comes():
+    """It is said what is waited for, and that they did not meet; status 2, and no C++ in sight."""
+    alone = []
+    for index in range(2):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        process = subprocess.Popen(
+            [sys.executable, "-c", WAITS, port, str(index)], stderr=subprocess.PIPE, text=True
+        )
+        alone.append((process, port))
+    for index, (process, port) in enumerate(alone):
+        _, errors = process.communicate(timeout=60)
+        told, ended = errors.splitlines()
+        assert told == f"assay: waiting for 2 processes at 127.0.0.1:{port}, at most 3 s."
+        assert "the processes did not meet within 3 s" in ended
+        assert f"this is process {index} of 2" in ended
+        assert process.returncode == 2
 
 
 # ---------------------------------------------------------------------------- whose rows

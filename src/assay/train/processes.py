@@ -5,8 +5,14 @@ them alone can know (a signal, a clock, a refused folder) must be agreed on befo
 """
 
 import os
+import re
+import signal
+import socket
+import sys
+import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import jax
@@ -23,6 +29,12 @@ HEARTBEAT = 30
 LOST = 3
 """The exit status where another process was lost."""
 
+MEETING = 300
+"""Seconds in which all processes must have come, from when this one has."""
+
+WAITING = 10
+"""Seconds of these after which it is said what is waited for."""
+
 
 class LostProcessError(AssayError):
     """Another process of the run is gone: nothing can be computed, nor tidied up together."""
@@ -38,8 +50,10 @@ def join(
             Kubernetes or a TPU pod. By default `JAX_COORDINATOR_ADDRESS`; without, nothing is done.
         processes, process_id: by default `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`.
 
+    Where they have not met within `MEETING` seconds, it says so and ends this process, status 2.
+
     Raises:
-        AssayError: if it is not told enough, or the others do not come within five minutes.
+        AssayError: if it is not told enough, or the port is taken.
     """
     coordinator = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
     if coordinator is None:
@@ -50,34 +64,101 @@ def join(
     if not auto:
         processes = _number("--processes", processes, "JAX_NUM_PROCESSES")
         process_id = _number("--process-id", process_id, "JAX_PROCESS_ID")
-        host, colon, port = coordinator.rpartition(":")
-        if not (host and colon and port.isdigit()):
-            raise AssayError(f"--coordinator: found '{coordinator}', expected HOST:PORT or auto.")
+        port = _port(coordinator)
+        if processes < 1:
+            raise AssayError(f"--processes: found {processes}, legal are 1 and more.")
         if not 0 <= process_id < processes:
             raise AssayError(f"--process-id: found {process_id}, legal are 0 to {processes - 1}.")
+        if process_id == 0:
+            _refuse_taken(port)
     jax.config.update("jax_enable_preemption_service", False)  # the loop itself hears signals
     # Gloo has one line between two processes: programs must take their turns on it.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     try:
-        jax.distributed.initialize(
-            None if auto else coordinator,
-            processes,
-            process_id,
-            cluster_detection_method=None if auto else "deactivate",
-            initialization_timeout=300,
-            heartbeat_timeout_seconds=HEARTBEAT,
-            shutdown_timeout_seconds=HEARTBEAT,
-        )
+        with _meeting(coordinator, processes, process_id):
+            jax.distributed.initialize(
+                None if auto else coordinator,
+                processes,
+                process_id,
+                cluster_detection_method=None if auto else "deactivate",
+                initialization_timeout=MEETING + 60,  # ends in C++, so it must never be reached
+                heartbeat_timeout_seconds=HEARTBEAT,
+                shutdown_timeout_seconds=HEARTBEAT,
+            )
     except ValueError as error:
         raise AssayError(
             f"--coordinator auto: JAX finds no Slurm, Open MPI, Kubernetes or TPU pod here "
             f"({error}) Name it by --coordinator HOST:PORT --processes N --process-id I."
         ) from None
-    except jax.errors.JaxRuntimeError as error:
+    except RuntimeError as error:
         why = str(error).splitlines()[0]
         raise AssayError(
             f"--coordinator {coordinator}: the processes did not meet ({why})."
         ) from None
+
+
+@contextmanager
+def _meeting(coordinator: str, processes: int | None, process_id: int | None) -> Iterator[None]:
+    """Tells what is waited for, and ends the process in time: JAX would abort it in C++."""
+    if coordinator == "auto":
+        whom, who = "the others, found by --coordinator auto", "one of those found by auto"
+    else:
+        whom = f"{processes} processes at {coordinator}"
+        who = f"process {process_id} of {processes}"
+
+    def tell() -> None:
+        print(f"assay: waiting for {whom}, at most {MEETING} s.", file=sys.stderr, flush=True)
+
+    def end() -> None:
+        print(
+            f"assay: --coordinator {coordinator}: the processes did not meet within {MEETING} s; "
+            f"this is {who}. Check that all were started, with the same --coordinator and each "
+            f"with its own --process-id, that process 0 runs on that host, and that its port can "
+            f"be reached from the others.",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(2)  # the thread that waits is in C++, and hears of no exception
+
+    timers = [threading.Timer(WAITING, tell), threading.Timer(MEETING, end)]
+    for timer in timers:
+        timer.daemon = True
+        timer.start()
+    # Nor does it hear Ctrl-C, so the system is to act on that.
+    heard = threading.current_thread() is threading.main_thread()
+    heard = heard and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if heard:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        for timer in timers:
+            timer.cancel()
+        if heard:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _port(coordinator: str) -> int:
+    found = re.fullmatch(r"(?:[^\s:/\[\]]+|\[[^\s\[\]]+\]):([0-9]+)", coordinator)
+    if not found:
+        raise AssayError(f"--coordinator: found '{coordinator}', expected HOST:PORT or auto.")
+    port = int(found[1])
+    if not 1 <= port <= 65535:
+        raise AssayError(f"--coordinator {coordinator}: port {port}, legal are 1 to 65535.")
+    return port
+
+
+def _refuse_taken(port: int) -> None:
+    """Process 0 listens there, and JAX's service crashes where it cannot."""
+    with socket.socket() as listening:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listening.bind(("", port))
+        except OSError as error:
+            raise AssayError(
+                f"--coordinator: port {port} cannot be listened at here, as process 0 must "
+                f"({error.strerror}); name another one to all."
+            ) from None
 
 
 def _number(flag: str, given: int | None, variable: str) -> int:
