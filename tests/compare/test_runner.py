@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from assay import folders
 from assay.compare import runner
 from assay.compare.experiment import read, resolve
 from assay.compare.record import read_run
@@ -369,9 +370,9 @@ def test_killed_twice_no_number_changes_but_the_clocks(write, tmp_path):
 
 
 def test_two_at_work_in_one_folder_is_refused(write, here, tmp_path, monkeypatch):
-    monkeypatch.setattr(runner.time, "sleep", lambda _: None)
+    monkeypatch.setattr(folders, "PATIENCE", 0.0)
     with (
-        runner.held(tmp_path / "out"),
+        folders.held(tmp_path / "out", "assay compare"),
         pytest.raises(AssayError, match="another assay compare is at work"),
     ):
         compare(write(), tmp_path / "out")

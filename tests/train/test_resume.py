@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 
+from assay import folders
 from assay.errors import AssayError
 from assay.model.transformer import layout
 from assay.spec.run import ComputeSpec, MeshSpec
@@ -251,3 +252,33 @@ def test_resuming_on_other_data_is_refused(run, tmp_path, corpus):
     corpus.write_text(corpus.read_text() + " and more")
     with pytest.raises(AssayError, match="other data"):
         train(read_run(tmp_path / "out"), tmp_path / "out", resume=True)
+
+
+# ---------------------------------------------------------------------------- whose folder it is
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_folder_goes_on_with_its_own_run_only(run, tmp_path, finished):
+    run = run.at("train.budget.amount", 4)
+    train(run, tmp_path / "run", stop_at=None if finished else 2)
+    for changes, told in (
+        ({"optimizer.lr": 0.5}, "begun with optimizer.lr = "),
+        ({"model.decoder.pattern.0.attention.window": 4}, "attention.window = None, not 4"),
+        ({"train.budget.amount": 3}, "begun with train.budget.amount = 4"),
+    ):
+        with pytest.raises(AssayError, match=told):
+            train(run.changed(changes), tmp_path / "run", resume=True)
+    moved = run.changed({"train.checkpoint_every": 1, "compute.remat": "block"})
+    assert train(moved, tmp_path / "run", resume=True).finished
+
+
+def test_a_folder_is_one_processes(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(folders, "PATIENCE", 0.0)
+    with folders.held(tmp_path / "run", "assay train"):
+        for resume in (False, True):
+            with pytest.raises(AssayError, match="another assay train is at work there"):
+                train(run, tmp_path / "run", resume=resume)
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(AssayError, match="it is a file, where a folder is expected"):
+        train(run, tmp_path / "file")

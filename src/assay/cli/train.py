@@ -141,10 +141,6 @@ def train(
     emit(asdict(result), as_json)
 
 
-RESUMABLE = ("compute", "mesh", "train.checkpoint_every", "train.eval_every", "train.log_every")
-"""What may differ when a run goes on: none of it changes what is computed, but for rounding."""
-
-
 def _configure(preset: str | None, changes: dict[str, Any], resumed: Path | None):
     """The run that the flags describe, or that the folder holds, held to the flags."""
     from assay.spec import presets
@@ -154,6 +150,8 @@ def _configure(preset: str | None, changes: dict[str, Any], resumed: Path | None
             raise AssayError("PRESET: name one ('assay presets' lists them), or give --resume.")
         return presets.get(preset).run.changed(changes)
 
+    from assay.spec.base import differences
+    from assay.spec.run import RESUMABLE
     from assay.train.loop import read_run
 
     held = read_run(resumed)
@@ -165,7 +163,7 @@ def _configure(preset: str | None, changes: dict[str, Any], resumed: Path | None
     for path, value in changes.items():
         if path.startswith(RESUMABLE) or (wanted := held.at(path, value)) == held:
             continue
-        found = _differences(held.model_dump(mode="json"), wanted.model_dump(mode="json"))
+        found = differences(held, wanted)
         where, before, after = found[0] if len(found) == 1 else (path, *_listed(found, path))
         raise AssayError(
             f"{where}: {after} is not what the run in {resumed} was begun with ({before}); "
@@ -179,12 +177,7 @@ def _occupied(folder: Path, run) -> AssayError:
     from assay.train.loop import read_result, read_run
 
     held = read_run(folder)
-    run = run.replace(model=run.model.with_vocab(held.model.vocab_size))  # the tokenizer's
-    found = [
-        difference
-        for difference in _differences(held.model_dump(mode="json"), run.model_dump(mode="json"))
-        if not difference[0].startswith(RESUMABLE)
-    ]
+    found = run.other_than(held)
     if held.preset != run.preset:
         what = f"it holds another run, of '{held.preset}', and nothing is overwritten"
         how = "go on with that by --resume"
@@ -197,17 +190,6 @@ def _occupied(folder: Path, run) -> AssayError:
     else:
         what, how = "it holds this very run, not finished", "go on with it by --resume"
     return AssayError(f"{folder}: {what}; {how}, or name another folder by --out.")
-
-
-def _differences(a: Any, b: Any, path: str = "") -> list[tuple[str, Any, Any]]:
-    """(dotted path, of a, of b) wherever two nested values of plain data differ."""
-    if isinstance(a, list) and isinstance(b, list):
-        a, b = dict(enumerate(a)), dict(enumerate(b))
-    if not (isinstance(a, dict) and isinstance(b, dict)):
-        return [] if a == b else [(path, a, b)]
-    names = dict.fromkeys([*a, *b])
-    parts = (_differences(a.get(n), b.get(n), f"{path}.{n}".lstrip(".")) for n in names)
-    return [difference for part in parts for difference in part]
 
 
 def _listed(found: list[tuple[str, Any, Any]], path: str) -> tuple[str, str]:

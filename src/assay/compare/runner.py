@@ -7,10 +7,8 @@ makes them), `log.txt` (what the processes printed), and what it is for: `result
 """
 
 import json
-import os
 import shlex
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,6 +34,7 @@ from assay.compare.report import draw, losses_csv
 from assay.compare.results import FILE, CheckRecord, Environment, Results, RunRecord
 from assay.compare.worker import Task
 from assay.errors import AssayError, counted, need_extra
+from assay.folders import held
 from assay.spec import presets
 
 # ---------------------------------------------------------------------------- the whole
@@ -77,7 +76,7 @@ def compare(
     command = f"assay compare {shlex.quote(str(file))} --out {shlex.quote(str(out))}"
     command += f" --steps {steps}" if steps is not None else ""
     command += f" --target-flops {target_flops:g}" if target_flops is not None else ""
-    with held(out) as lock:
+    with held(out, "assay compare") as lock:
         text = open_folder(out, file, plan)
         with pool_for(on, jobs, out, [lock], experiment) as pool:
             environment = surroundings(pool.jobs, len(free_cores()), command)
@@ -172,31 +171,6 @@ def pool_for(
 
 
 # ---------------------------------------------------------------------------- the folder
-
-
-@contextmanager
-def held(out: Path) -> Iterator[int]:
-    """Holds the folder for this process and those that it starts, until all of them are gone.
-
-    Raises:
-        AssayError: if another comparison is at work in it.
-    """
-    import fcntl
-
-    out.mkdir(parents=True, exist_ok=True)
-    lock = os.open(out / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        for _ in range(40):  # those of a killed one are on their way out
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                time.sleep(0.25)
-        else:
-            raise AssayError(f"{out}: another assay compare is at work there.")
-        yield lock
-    finally:
-        os.close(lock)
 
 
 def open_folder(out: Path, file: Path, plan: Plan) -> str:

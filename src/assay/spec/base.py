@@ -106,6 +106,19 @@ def _assign(data: Any, parts: list[str], value: Any, path: str) -> None:
         data[head] = value
 
 
+def differences(a: Any, b: Any, path: str = "") -> list[tuple[str, Any, Any]]:
+    """(dotted path, of a, of b) wherever two specs, or nested values of plain data, differ."""
+    if isinstance(a, BaseModel) and isinstance(b, BaseModel):
+        a, b = (spec.model_dump(mode="json") for spec in (a, b))
+    if isinstance(a, list) and isinstance(b, list):
+        a, b = dict(enumerate(a)), dict(enumerate(b))
+    if not (isinstance(a, dict) and isinstance(b, dict)):
+        return [] if a == b else [(path, a, b)]
+    names = dict.fromkeys([*a, *b])
+    parts = (differences(a.get(n), b.get(n), f"{path}.{n}".lstrip(".")) for n in names)
+    return [difference for part in parts for difference in part]
+
+
 def _paths(data: Any, prefix: str = "") -> list[str]:
     """Every dotted path of nested plain data."""
     entries = data.items() if isinstance(data, dict) else []

@@ -1,6 +1,6 @@
 """What a run IS: data, optimizer, schedule, budget, and how the arithmetic is carried out."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     Field,
@@ -11,7 +11,7 @@ from pydantic import (
     model_validator,
 )
 
-from assay.spec.base import Spec
+from assay.spec.base import Spec, differences
 from assay.spec.model import TransformerSpec
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -320,6 +320,10 @@ class MeshSpec(Spec):
             raise ValueError(f"mesh: expert={self.expert}, but the model has no experts.")
 
 
+RESUMABLE = ("compute", "mesh", "train.checkpoint_every", "train.eval_every", "train.log_every")
+"""What may differ when a run goes on: none of it changes what is computed, but for rounding."""
+
+
 class RunSpec(Spec):
     """Everything that decides what a run computes. `run.json` holds it."""
 
@@ -332,6 +336,15 @@ class RunSpec(Spec):
     compute: ComputeSpec = ComputeSpec()
     mesh: MeshSpec = MeshSpec()
     seed: NonNegativeInt = 0
+
+    def other_than(self, begun: "RunSpec") -> list[tuple[str, Any, Any]]:
+        """(dotted path, there, here) of what a run that was begun cannot go on as this one.
+
+        `begun` has its tokenizer's vocabulary, which is this one's then, whatever it says.
+        """
+        run = self.replace(model=self.model.with_vocab(begun.model.vocab_size))
+        found = differences(begun, run)
+        return [each for each in found if not each[0].startswith((*RESUMABLE, "preset"))]
 
     @model_validator(mode="after")
     def _fits(self):

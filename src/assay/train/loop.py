@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
@@ -24,6 +24,7 @@ from jax.sharding import Mesh
 from assay.data import loader, tokenizers
 from assay.errors import AssayError, counted
 from assay.evaluate.perplexity import Evaluation, evaluate, row_losses
+from assay.folders import LOCK, held
 from assay.model.sharding import make_mesh, parameter_shardings, partition, use_mesh
 from assay.model.transformer import Layout, Transformer, abstract, layout, name_leaves
 from assay.spec.accounting import planned_steps, run_flops_per_token
@@ -84,11 +85,14 @@ def train(
     `result.json`. `stop_at` stops after so many steps, the schedule unchanged.
 
     Raises:
-        AssayError: if the folder holds another run; if the data is no good; if the loss is no
-            longer a number (the last good checkpoint stays); if another process was lost.
+        AssayError: if the folder holds another run, or another process trains in it; if the data is
+            no good; if the loss is no longer a number (the last good checkpoint stays); if another
+            process was lost.
     """
     out, reporter = Path(out), reporter or Silent()
 
+    if resume and (out / "run.json").is_file():
+        _hold_to_its_own(out, run)
     if resume and (ended := read_result(out)) is not None:
         reporter.note(f"The run in {out} is finished; this is its result.")
         return ended
@@ -102,8 +106,9 @@ def train(
             f"{jax.device_count()}, and each must take part: --mesh data={jax.device_count()}."
         )
     try:
-        with use_mesh(make_mesh(run.mesh, of_one=run.compute.offload_optimizer)) as mesh:
-            return _train(run, out, mesh, resume, stop_at, reporter, trackers)
+        mesh = make_mesh(run.mesh, of_one=run.compute.offload_optimizer)
+        with use_mesh(mesh), ExitStack() as leaving:
+            return _train(run, out, mesh, leaving, resume, stop_at, reporter, trackers)
     except jax.errors.JaxRuntimeError as error:
         if jax.process_count() == 1:
             raise
@@ -118,6 +123,7 @@ def _train(
     run: RunSpec,
     out: Path,
     mesh: Mesh | None,
+    leaving: ExitStack,
     resume: bool,
     stop_at: int | None,
     reporter: Reporter,
@@ -137,7 +143,8 @@ def _train(
     if prepared.left_out:
         pairs = counted(prepared.left_out, "pair")
         reporter.note(f"Left out, as longer than data.seq_len: {pairs}.")
-    processes.all_or_none(lambda: _open_folder(out, run, prepared, resume) if first else None)
+    opening = partial(_open_folder, out, run, prepared, resume, leaving)
+    processes.all_or_none(lambda: opening() if first else None)
 
     # ---- model and state, as shapes; each array will be made in its place
     model = abstract(run.model, run.compute)
@@ -358,8 +365,23 @@ class _Clock:
 # ---------------------------------------------------------------------------- the folder
 
 
-def _open_folder(out: Path, run: RunSpec, prepared: loader.Prepared, resume: bool) -> None:
-    """Writes `run.json` and the tokenizer into a new folder; holds a resumed run to its own."""
+def _hold_to_its_own(out: Path, run: RunSpec) -> None:
+    """Refuses to go on with the run in a folder as another one."""
+    for path, there, here in run.other_than(read_run(out)):
+        raise AssayError(
+            f"{out}: its run was begun with {path} = {there}, not {here}; it goes on with the same "
+            "settings; for others, begin anew in another folder."
+        )
+
+
+def _open_folder(
+    out: Path, run: RunSpec, prepared: loader.Prepared, resume: bool, leaving: ExitStack
+) -> None:
+    """Writes `run.json` and the tokenizer into a new folder; holds a resumed run to its data.
+
+    No other process gets the folder until it is left.
+    """
+    leaving.enter_context(held(out, "assay train"))
     record = out / "run.json"
     if record.is_file():
         if not resume:
@@ -367,11 +389,11 @@ def _open_folder(out: Path, run: RunSpec, prepared: loader.Prepared, resume: boo
                 f"{out}: it holds another run, and nothing is overwritten; "
                 f"go on with it by --resume, or name another folder by --out."
             )
-        held = json.loads(record.read_text())["data"]["fingerprint"]
-        if held != prepared.fingerprint:
+        begun = json.loads(record.read_text())["data"]["fingerprint"]
+        if begun != prepared.fingerprint:
             raise AssayError(f"{out}: its run was trained on other data than is there now.")
         return
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if any(path.name != LOCK for path in out.iterdir()):
         raise AssayError(f"{out}: it is not empty and holds no run; name another folder by --out.")
     packages = ("assay", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
     about = {
@@ -381,7 +403,6 @@ def _open_folder(out: Path, run: RunSpec, prepared: loader.Prepared, resume: boo
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "data": prepared.summary(),
     }
-    out.mkdir(parents=True, exist_ok=True)
     prepared.tokenizer.save(out)
     write_json(record, about)
 
