@@ -137,6 +137,19 @@ def test_plan_of_a_run_takes_its_batches_and_dtype(last_json, tmp_path):
     assert [planned[field] for field in fields] == [12, run.model.context, "float32"]
 
 
+@pytest.mark.parametrize(
+    "asked",
+    [
+        ("--seq-len", 32, "--set", "data.seq_len=64"),
+        ("--set", "seed=1", "--set", "seed=2"),
+    ],
+)
+def test_a_field_has_one_value(assay, tmp_path, asked):
+    code, _, error = assay("train", "nano", *asked, "--out", tmp_path / "run")
+    assert code == 2
+    assert "given twice, as " in error
+
+
 def test_plan_holds_to_what_is_set(last_json, tmp_path):
     on = ("plan", "gpt2", "--topology", "h100:8", "--no-compile")
     assert last_json(*on, "--set", "compute.remat=block")["remat"] == "block"

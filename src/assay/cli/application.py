@@ -79,17 +79,24 @@ def short(number: int) -> str:
 # ---------------------------------------------------------------------------- reading options
 
 
-def changes_of(settings: list[str] | None) -> dict[str, Any]:
-    """PATH=VALUE pairs; a value is JSON where it reads as such, else text."""
-    changes = {}
+def changes_of(settings: list[str] | None, flags: dict[str, Any] | None = None) -> dict[str, Any]:
+    """What flags change, by path, and PATH=VALUE pairs; a value is JSON where it reads as such.
+
+    Raises:
+        AssayError: if a pair is none, or one field is given two values.
+    """
+    changes = dict(flags or {})
     for setting in settings or []:
-        path, equals, value = setting.partition("=")
+        path, equals, text = setting.partition("=")
         if not equals:
             raise AssayError(f"--set {setting}: expected PATH=VALUE.")
         try:
-            changes[path] = json.loads(value)
+            value = json.loads(text)
         except json.JSONDecodeError:
-            changes[path] = value
+            value = text
+        if changes.get(path, value) != value:
+            raise AssayError(f"{path}: given twice, as {changes[path]} and as {value}.")
+        changes[path] = value
     return changes
 
 

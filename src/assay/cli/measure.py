@@ -98,7 +98,7 @@ def bench(
         "data.seq_len": seq_len,
     }
     changes = {path: value for path, value in flags.items() if value is not None}
-    run = presets.get(model).run.changed(changes | changes_of(settings))
+    run = presets.get(model).run.changed(changes_of(settings, changes))
     if what in costs:
         of = (against, as_json) if what == "memory" else (as_json,)
         costs[what](model, run, *of)

@@ -96,7 +96,7 @@ def plan(
         "mesh": mesh_of(mesh),
     }
     changes = {path: value for path, value in flags.items() if value is not None}
-    changes |= changes_of(settings)
+    changes = changes_of(settings, changes)
     names = [name.strip() for name in topology.split(",")]
     prices = _prices(price, names)
     machines = [

@@ -91,7 +91,7 @@ def train(
         "train.target_loss": target_loss,
     }
     changes = {path: value for path, value in flags.items() if value is not None}
-    changes |= changes_of(settings)
+    changes = changes_of(settings, changes)
     if out_folder is None and resume:
         raise AssayError("--resume: name the run's folder by --out.")
     if out_folder is None and (coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")):
