@@ -264,10 +264,12 @@ def _train(
                     agreement.saved()
                     log.flush()
                     _save(checkpoints, state, batches.state(), form, log)
-        log.flush(last=True)
-        seconds = clock.elapsed()
-        if checkpoints.latest() != step:
-            _save(checkpoints, state, batches.state(), form, log)
+            log.flush(last=True)
+            seconds = clock.elapsed()
+            if checkpoints.latest() != step:
+                _save(checkpoints, state, batches.state(), form, log)
+            if stopped:
+                checkpoints.wait()  # before another signal can end it
         finished = why in ("budget", "target")
         if val_step != step and not stopped:
             reporter.note("Scoring the held-out text.")
@@ -596,10 +598,14 @@ def _continue_lines(path: Path, step: int) -> tuple[TextIO, int | None]:
 
 
 class _StopSignals:
-    """SIGTERM and the first SIGINT end the run after its step, saved; a second SIGINT at once."""
+    """SIGTERM and the first SIGINT end the run after its step, saved; a later SIGINT at once."""
+
+    TWICE = 1.0
+    """Seconds in which two are one key pressed twice, or a terminal's and a launcher's."""
 
     def __init__(self):
         self.received: str | None = None
+        self.when = 0.0
 
     def __enter__(self):
         self.old = {}
@@ -609,8 +615,11 @@ class _StopSignals:
         return self
 
     def _receive(self, number, frame):
-        self.received = signal.Signals(number).name
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second one, at once
+        now = time.monotonic()
+        if self.received is None:
+            self.received, self.when = signal.Signals(number).name, now
+        elif number == signal.SIGINT and now - self.when > self.TWICE:
+            signal.default_int_handler(number, frame)
 
     def __exit__(self, *_):
         for number, handler in self.old.items():
