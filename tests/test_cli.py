@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from assay import cli
+from assay.errors import AssayError
 from assay.spec import presets
 from tests.train.conftest import made_text
 
@@ -160,6 +161,84 @@ def test_plan_holds_to_what_is_set(last_json, tmp_path):
     run = presets.get("gpt2").run.at("compute.remat", "block")
     (tmp_path / "run.json").write_text(json.dumps({"spec": run.model_dump(mode="json")}))
     assert last_json("plan", tmp_path, "--topology", "h100:8")["remat"] == "block"
+
+
+@pytest.fixture
+def spec_file(tmp_path):
+    def write(data, name="my.json"):
+        (tmp_path / name).write_text(data if isinstance(data, str) else data.to_json())
+        return tmp_path / name
+
+    return write
+
+
+def test_a_spec_of_ones_own_is_a_model_where_no_parameters_are_needed(last_json, spec_file):
+    model = presets.get("tiny-gpt").model.replace(context=128)
+    assert last_json("show", spec_file(model))["spec"] == model.model_dump(mode="json")
+    planned = last_json("plan", spec_file(model), "--topology", "h100:2")
+    fields = ("batch_size", "seq_len", "dtype")
+    assert [planned[field] for field in fields] == [2, 128, "bfloat16"]  # as of a preset
+    changes = {"data.batch_size": 24, "data.seq_len": 48, "model.context": 64}
+    run = presets.get("tiny-gpt").run.changed(changes)
+    planned = last_json("plan", spec_file(run), "--topology", "h100:2")
+    assert [planned[field] for field in fields] == [24, 48, "float32"]  # as of a run
+
+
+def test_training_begins_with_a_spec(spec_file, tmp_path):
+    from assay.cli.train import _configure
+    from assay.loading import read_spec, untrained
+
+    model = presets.get("tiny-gpt").model.replace(context=128)
+    run = _configure(str(spec_file(model)), {"seed": 3}, None)
+    assert run.model == model
+    assert (run.data.seq_len, run.seed, run.preset) == (128, 3, None)
+    file = spec_file(run)
+    assert untrained(str(file)) == run
+    (tmp_path / "run.json").write_text(json.dumps({"spec": run.model_dump(mode="json")}))
+    assert read_spec(tmp_path) == read_spec(tmp_path / "run.json") == run
+    assert _configure(str(file), {}, tmp_path) == run
+    other = spec_file(model.replace(d_model=64), "other.json")
+    with pytest.raises(AssayError, match=r"another model than .*other.json \(model.d_model is 128"):
+        _configure(str(other), {}, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ('{"d_model": 3}', "my.json: vocab_size: this field is required"),
+        ('{"model": {"d_modl": 3}}', "my.json: model.vocab_size"),
+        ('{"a": 1}', "my.json: is neither a model's spec (vocab_size, "),
+        ("[1]", "found no fields"),
+        ("{", "my.json: is no JSON file"),
+        ('{"model_type": "gpt2"}', "name its folder"),
+        (None, "my.json: there is no such file"),
+    ],
+)
+def test_a_file_that_is_no_spec_is_told_by_its_field(assay, spec_file, tmp_path, content, said):
+    if content is not None:
+        spec_file(content)
+    for command in ("show", "train"):
+        status, _, err = assay(command, tmp_path / "my.json")
+        assert status == 2
+        assert said in err
+        assert err.count("\n") == 1
+
+
+def test_a_spec_has_no_parameters(assay, spec_file, tmp_path):
+    file = spec_file(presets.get("nano").model)
+    for command in (("generate", file), ("eval", file), ("convert", file, tmp_path / "out")):
+        status, _, err = assay(*command)
+        assert status == 2
+        assert "is a spec, which has no parameters: train it first (assay train " in err
+
+
+def test_what_is_trained_already_is_no_beginning(assay, tmp_path):
+    (tmp_path / "run.json").write_text("{}")
+    for name, how in (("smollm2-135m-instruct", "RUN"), (tmp_path, str(tmp_path))):
+        status, _, err = assay("train", name, "--data", "prompts.jsonl")
+        assert status == 2
+        assert "training begins from random parameters: name a preset or a spec" in err
+        assert err.endswith(f"assay train --resume --out {how}\n")
 
 
 def test_show_tells_what_mup_changes(last_json, assay):

@@ -28,17 +28,18 @@ def preset(name: str, changes: dict[str, Any] | None = None) -> "RunSpec":
 
 
 def train(run: "RunSpec | str", out: str | Path, **options: Any) -> "TrainResult":
-    """Trains a run (or a preset's own, by its name) in the folder `out`; draws `loss.png`.
+    """Trains a run, or that of a preset or a spec's file, in the folder `out`; draws `loss.png`.
 
     Where the model has experts, `experts.png` shows their loads.
 
     `options` are those of `assay.train.loop.train`: resume, stop_at, reporter, trackers.
     """
+    from assay.loading import untrained
     from assay.train.loop import train as _train
     from assay.train.plot import plot_experts, plot_losses
     from assay.train.processes import is_first
 
-    run = preset(run) if isinstance(run, str) else run
+    run = untrained(run) if isinstance(run, str) else run
     result = _train(run, out, **options)
     if not is_first():
         return result

@@ -1,14 +1,18 @@
 """MODEL, as commands take it.
 
 A preset's name; a run's folder; a Hugging Face folder, or an id of the Hub (`owner/name`); a
-`.gguf` file; a model folder that `assay convert` wrote; or the name of a pretrained model.
+`.gguf` file; a model folder that `assay convert` wrote; or the name of a pretrained model. Where
+no parameters are needed, also a `.json` file of a spec: of a model, or of a run.
 """
 
+import json
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from assay.errors import AssayError, did_you_mean
+from assay.spec import presets
 from assay.spec.model import TransformerSpec
 from assay.spec.presets import PRESETS
 from assay.spec.run import ComputeSpec, DataSpec, RunSpec
@@ -37,7 +41,7 @@ class Loaded:
 
 
 def kind_of(model: str | Path) -> str:
-    """preset, run, assay (a model folder), huggingface, gguf, hub or pretrained.
+    """preset, spec (a .json file), run, assay (a model folder), huggingface, gguf, hub, pretrained.
 
     Raises:
         AssayError: if it is none of them, or a pickle.
@@ -48,7 +52,8 @@ def kind_of(model: str | Path) -> str:
         return kind
     raise AssayError(
         f"'{model}' is neither a preset, nor a folder of a run or of a model, nor a .gguf file, "
-        f"nor an id of the Hugging Face Hub; {did_you_mean(model, [*PRESETS, *hub.PRETRAINED])}"
+        f"nor a spec's .json file, nor an id of the Hugging Face Hub; "
+        f"{did_you_mean(model, [*PRESETS, *hub.PRETRAINED])}"
     )
 
 
@@ -71,9 +76,9 @@ def _known_kind(model: str | Path) -> str | None:
         return "pretrained"
     if path.is_dir():
         raise AssayError(f"{model}: the folder holds no run.json, assay_model.json or config.json.")
-    if hub.is_id(name) and not path.parent.is_dir():
+    if hub.is_id(name) and not path.parent.is_dir() and path.suffix != ".json":
         return "hub"
-    if path.suffix == ".gguf":
+    if path.suffix in (".gguf", ".json"):
         raise AssayError(f"{model}: there is no such file.")
     return None
 
@@ -81,11 +86,15 @@ def _known_kind(model: str | Path) -> str | None:
 def _kind_of_file(path: Path) -> str:
     if path.suffix == ".gguf":
         return "gguf"
+    if path.suffix == ".json":
+        return "spec"
     from assay.interop.tensor_files import PICKLES, refuse_pickle
 
     if path.suffix in PICKLES:
         raise refuse_pickle(path)
-    raise AssayError(f"{path}: is no model; of files, only .gguf ones are. Name the folder.")
+    raise AssayError(
+        f"{path}: is no model; of files, only .gguf ones are, and a spec's .json. Name the folder."
+    )
 
 
 def spec_of(model: str | Path) -> TransformerSpec:
@@ -98,7 +107,7 @@ def spec_of(model: str | Path) -> TransformerSpec:
 
 
 def run_of(model: str | Path) -> RunSpec:
-    """The run of a preset or a run's folder; of another model, its architecture in a default run.
+    """The run of a preset, a run's folder or a run's spec; of others, the model in a default run.
 
     Raises:
         AssayError: as `load`.
@@ -106,10 +115,8 @@ def run_of(model: str | Path) -> RunSpec:
     match kind_of(model):
         case "preset":
             return PRESETS[str(model)].run
-        case "run":
-            from assay.train.loop import read_run
-
-            return read_run(model)
+        case "run" | "spec":
+            return read_spec(model)
         case "gguf":
             from assay.interop.gguf import GgufFile
 
@@ -134,7 +141,71 @@ def run_of(model: str | Path) -> RunSpec:
 
 def _default_run(spec: TransformerSpec) -> RunSpec:
     packing = "stream" if spec.encoder is None else "pairs"
-    return RunSpec(model=spec, data=DataSpec(packing=packing))
+    return RunSpec(model=spec, data=DataSpec(packing=packing, seq_len=min(spec.context, 256)))
+
+
+def untrained(name: str) -> RunSpec:
+    """What training begins with, at random parameters: the run of a preset, or of a spec's file.
+
+    Raises:
+        AssayError: if it is neither.
+    """
+    if name in PRESETS or (kind := _known_kind(name)) is None:
+        return presets.get(name).run
+    if kind == "spec":
+        return read_spec(name)
+    what = "a run" if kind == "run" else "a trained model"
+    raise AssayError(
+        f"{name}: is {what}, but training begins from random parameters: name a preset or a "
+        f"spec's .json file, for the architecture. A run is gone on with by: assay train --resume "
+        f"--out {name if kind == 'run' else 'RUN'}"
+    )
+
+
+def read_spec(path: str | Path) -> RunSpec:
+    """The run that a JSON file describes, or a default run of the model that it describes.
+
+    Of a run's folder, its `run.json`.
+
+    Raises:
+        AssayError: if it is neither; the file and the field are named.
+    """
+    found = _described(Path(path))
+    return found if isinstance(found, RunSpec) else _default_run(found)
+
+
+def has_run(model: str | Path) -> bool:
+    """Whether it says how it is trained: a run's folder, or a run's spec. A preset's is advice."""
+    kind = kind_of(model)
+    return kind == "run" or (kind == "spec" and isinstance(_described(Path(model)), RunSpec))
+
+
+def _described(path: Path) -> RunSpec | TransformerSpec:
+    file = path / "run.json" if path.is_dir() else path
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise AssayError(f"{file}: there is no such file.") from None
+    except (OSError, ValueError) as error:
+        raise AssayError(f"{file}: is no JSON file: {error}.") from None
+    if isinstance(data, dict) and "model_type" in data:
+        raise AssayError(f"{file}: is a Hugging Face model's configuration; name its folder.")
+    if isinstance(data, dict) and isinstance(data.get("spec"), dict):
+        data = data["spec"]  # of run.json, which says more
+    keys = {*data} if isinstance(data, dict) else set()
+    of_model, of_run = ({*spec.model_fields} for spec in (TransformerSpec, RunSpec))
+    if not keys & (of_model | of_run):
+        found = f"the fields {', '.join(sorted(keys)[:5])}" if keys else "no fields"
+        raise AssayError(
+            f"{file}: is neither a model's spec (vocab_size, d_model, context, decoder, ...) nor a "
+            f"run's (model, data, optimizer, ...); found {found}."
+        )
+    try:
+        if "model" in keys or not keys & of_model:
+            return RunSpec.from_data(data)
+        return TransformerSpec.from_data(data)
+    except AssayError as error:
+        raise AssayError(f"{file}: {error}") from None
 
 
 def open_source(model: str | Path) -> "Source":
@@ -153,6 +224,8 @@ def open_source(model: str | Path) -> "Source":
             )
         case "preset":
             raise AssayError(f"{model}: a preset has no weights; train it first.")
+        case "spec":
+            raise _no_parameters(model)
         case "run":
             from assay.data import tokenizers
             from assay.train.checkpoint import restore_parameters
@@ -171,6 +244,11 @@ def open_source(model: str | Path) -> "Source":
         case "hub":
             return convert.open_huggingface(hub.fetch(str(model)))
     return convert.open_huggingface(Path(model))
+
+
+def _no_parameters(model: str | Path) -> AssayError:
+    how = f"assay train {shlex.quote(str(model))}"
+    return AssayError(f"{model}: is a spec, which has no parameters: train it first ({how}).")
 
 
 def load(model: str | Path, dtype: str = "float32", *, seed: int = 0, mesh: Any = None) -> Loaded:
@@ -201,6 +279,8 @@ def load(model: str | Path, dtype: str = "float32", *, seed: int = 0, mesh: Any 
                 tokenizers.ByteTokenizer() if fits else None,
                 run,
             )
+        case "spec":
+            raise _no_parameters(model)
         case "run":
             from assay.train.checkpoint import restore_parameters
             from assay.train.loop import read_run

@@ -27,6 +27,13 @@ Model = Annotated[
     str,
     typer.Argument(help="A preset, a run, a Hugging Face folder or id, a .gguf, a model folder."),
 ]
+Architecture = Annotated[
+    str,
+    typer.Argument(
+        help="A preset, a spec (.json), a run, a Hugging Face folder or id, .gguf, model folder."
+    ),
+]
+"""MODEL where no parameters are needed."""
 Settings = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="PATH=VALUE", help="Any field, as model.d_model=64."),

@@ -6,8 +6,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from assay.cli.application import (
+    Architecture,
     Json,
-    Model,
     Settings,
     app,
     changes_of,
@@ -91,7 +91,7 @@ def corpora(as_json: Json = False) -> None:
 
 
 @app.command()
-def show(model: Model, as_json: Json = False, settings: Settings = None) -> None:
+def show(model: Architecture, as_json: Json = False, settings: Settings = None) -> None:
     """One architecture: its spec, its parameters by part, its cost a token.
 
     Example: assay show llama-3-8b

@@ -46,7 +46,7 @@ def demo(
 def bench(
     what: Annotated[str, typer.Argument(help="train, moe, decode, memory, loop or growth.")],
     model: Annotated[
-        str | None, typer.Argument(help="A preset; growth has models of its own.")
+        str | None, typer.Argument(help="A preset or a spec (.json); growth has models of its own.")
     ] = None,
     against: Annotated[
         str | None, typer.Option(help="torch, or (train) transformers: timed in turn.")
@@ -75,7 +75,7 @@ def bench(
     Example: assay bench decode smollm-135m --against torch --dtype bfloat16
     """
     from assay.errors import did_you_mean
-    from assay.spec import presets
+    from assay.loading import untrained
 
     benches = {"train": _bench_train, "moe": _bench_moe}
     costs = {"memory": bench_memory, "loop": bench_loop}
@@ -85,7 +85,7 @@ def bench(
     if model is None:
         raise AssayError(f"bench {what}: name a preset, as in: assay bench {what} nano")
     if what == "decode":
-        run = presets.get(model).run.changed(changes_of(settings))
+        run = untrained(model).changed(changes_of(settings))
         sizes = (batch_size or 1, prompt_tokens, new_tokens)
         _bench_decode(model, run, dtype or "float32", sizes, against, rounds, as_json)
         return
@@ -98,7 +98,7 @@ def bench(
         "data.seq_len": seq_len,
     }
     changes = {path: value for path, value in flags.items() if value is not None}
-    run = presets.get(model).run.changed(changes_of(settings, changes))
+    run = untrained(model).changed(changes_of(settings, changes))
     if what in costs:
         of = (against, as_json) if what == "memory" else (as_json,)
         costs[what](model, run, *of)

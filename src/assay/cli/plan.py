@@ -8,7 +8,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from assay.cli.application import Json, Model, Settings, app, changes_of, emit, mesh_of, out
+from assay.cli.application import Architecture, Json, Settings, app, changes_of, emit, mesh_of, out
 from assay.cli.describe import run_of
 from assay.errors import AssayError, counted, how_to_get
 
@@ -18,7 +18,7 @@ RUNNERS_UP = 7
 
 @app.command()
 def plan(
-    model: Model,
+    model: Architecture,
     topology: Annotated[
         str,
         typer.Option(
@@ -85,7 +85,7 @@ def plan(
 
     Example: assay plan llama-3-8b --topology v5p:4x4x4 --mesh fsdp=16,tensor=4 --batch-size 64
     """
-    from assay.loading import kind_of
+    from assay.loading import has_run
     from assay.plan.topology import parse_topology, with_price
 
     flags = {
@@ -104,7 +104,7 @@ def plan(
     ]
     whole = None if tokens is None else _tokens(tokens)
     free = "data.batch_size" not in changes
-    is_run = kind_of(model) == "run"  # its own batches and dtype, then
+    is_run = has_run(model)  # its own batches and dtype, then
     given = {path.split(".")[0] for path in changes}
 
     def run_on(machine):

@@ -27,7 +27,7 @@ from assay.errors import AssayError
 
 @app.command()
 def train(
-    preset: Annotated[str | None, typer.Argument(help="A preset's name.")] = None,
+    preset: Annotated[str | None, typer.Argument(help="A preset, or a spec (.json).")] = None,
     data: Annotated[
         list[str] | None,
         typer.Option(help="A corpus or path; again, with @WEIGHT, to blend several."),
@@ -72,6 +72,8 @@ def train(
 ) -> None:
     """Trains a preset on a corpus, with every flag a difference from the preset's own run.
 
+    Parameters begin at random; a spec of one's own is a .json file, as its `to_json` gives it.
+
     Example: assay train nano --data python-docs --seconds 60 --out runs/first
     """
     flags = {
@@ -96,7 +98,8 @@ def train(
         raise AssayError("--resume: name the run's folder by --out.")
     if out_folder is None and (coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")):
         raise AssayError("--out: name the run's folder; every process must use the same.")
-    folder = out_folder or next_folder(preset or "run")
+    name = Path(preset).stem if preset and preset.endswith(".json") else preset
+    folder = out_folder or next_folder(name or "run")
     run = _configure(preset, changes, folder if resume else None)
     if not resume and (folder / "run.json").is_file():
         raise _occupied(folder, run)
@@ -143,23 +146,32 @@ def train(
 
 def _configure(preset: str | None, changes: dict[str, Any], resumed: Path | None):
     """The run that the flags describe, or that the folder holds, held to the flags."""
-    from assay.spec import presets
+    from assay.loading import untrained
 
     if resumed is None:
         if preset is None:
             raise AssayError("PRESET: name one ('assay presets' lists them), or give --resume.")
-        return presets.get(preset).run.changed(changes)
+        return untrained(preset).changed(changes)
 
     from assay.spec.base import differences
     from assay.spec.run import RESUMABLE
     from assay.train.loop import read_run
 
     held = read_run(resumed)
-    if preset is not None and presets.get(preset).name != held.preset:
+    begun = None if preset is None else untrained(preset)
+    if begun is not None and begun.preset != held.preset:
         raise AssayError(
-            f"{resumed}: it holds a run of '{held.preset}', not of '{preset}'; "
+            f"{resumed}: it holds a run of {_what(held)}, not of '{preset}'; "
             f"--resume goes on with what is there."
         )
+    if begun is not None and begun.preset is None:
+        model = begun.changed(changes).model.with_vocab(held.model.vocab_size)
+        if found := differences(held.model, model):
+            path, before, after = found[0]
+            raise AssayError(
+                f"{resumed}: it holds a run of another model than {preset} (model.{path} is "
+                f"{before} there, {after} here); --resume goes on with what is there."
+            )
     for path, value in changes.items():
         if path.startswith(RESUMABLE) or (wanted := held.at(path, value)) == held:
             continue
@@ -179,7 +191,7 @@ def _occupied(folder: Path, run) -> AssayError:
     held = read_run(folder)
     found = run.other_than(held)
     if held.preset != run.preset:
-        what = f"it holds another run, of '{held.preset}', and nothing is overwritten"
+        what = f"it holds another run, of {_what(held)}, and nothing is overwritten"
         how = "go on with that by --resume"
     elif found:
         path, there, here = found[0]
@@ -190,6 +202,10 @@ def _occupied(folder: Path, run) -> AssayError:
     else:
         what, how = "it holds this very run, not finished", "go on with it by --resume"
     return AssayError(f"{folder}: {what}; {how}, or name another folder by --out.")
+
+
+def _what(run) -> str:
+    return "a spec" if run.preset is None else f"'{run.preset}'"
 
 
 def _listed(found: list[tuple[str, Any, Any]], path: str) -> tuple[str, str]:

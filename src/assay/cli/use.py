@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from assay.cli.application import (
+    Architecture,
     Json,
     Model,
     Quiet,
@@ -419,8 +420,10 @@ def _evaluate_task(
 
 @app.command()
 def check(
-    model: Model,
-    full: Annotated[bool, typer.Option("--full", help="A preset at its own size.")] = False,
+    model: Architecture,
+    full: Annotated[
+        bool, typer.Option("--full", help="A preset or a spec at its own size.")
+    ] = False,
     coordinates: Annotated[
         bool, typer.Option("--coordinates", help="muP's check: what grows with the width?")
     ] = False,
@@ -454,14 +457,14 @@ def check(
         return
     refuse_idle("without --coordinates", widths=widths, updates=updates, out=picture)
     from assay.evaluate.checks import check as run_checks
-    from assay.loading import kind_of, load
-    from assay.spec.presets import PRESETS, shrink
+    from assay.loading import kind_of, load, run_of
+    from assay.spec.presets import shrink
 
-    if kind_of(model) == "preset":
-        run = PRESETS[model].run.changed(changes)
+    if kind_of(model) in ("preset", "spec"):
+        run = run_of(model).changed(changes)
         subject = run.model if full else shrink(run.model)
     else:
-        refuse_idle("of what is no preset", full=full, set=changes)
+        refuse_idle("of what is neither a preset nor a spec", full=full, set=changes)
         subject = load(model).model
     report = run_checks(subject, seed=seed)
     if not as_json:

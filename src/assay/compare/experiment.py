@@ -20,7 +20,6 @@
 """
 
 import tomllib
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -32,10 +31,11 @@ from assay.compare.results import Solution
 from assay.compare.sizes import QUANTITIES, Quantity, measure, solve
 from assay.data import loader
 from assay.errors import AssayError, did_you_mean
+from assay.loading import read_spec
 from assay.spec import presets
 from assay.spec.accounting import planned_steps
 from assay.spec.base import Spec
-from assay.spec.model import Mup, TransformerSpec
+from assay.spec.model import Mup
 from assay.spec.run import BudgetSpec, DataSpec, RunSpec
 
 Paths = dict[str, Any]
@@ -427,7 +427,7 @@ def _prepared(spec: DataSpec) -> loader.Prepared:
 
 def _base_run(experiment: Experiment, folder: Path) -> RunSpec:
     base = experiment.base
-    run = presets.get(base.preset).run if base.preset else _read_spec(folder / base.spec)
+    run = presets.get(base.preset).run if base.preset else _read_base(folder / base.spec)
     changes = {f"data.{name}": value for name, value in experiment.data.items()}
     if "data.corpus" in changes:
         corpora = changes.pop("data.corpus")
@@ -447,22 +447,11 @@ def _base_run(experiment: Experiment, folder: Path) -> RunSpec:
     return _changed(run, base.paths, "base.set").changed(decided)
 
 
-def _read_spec(path: Path) -> RunSpec:
-    """A run's or an architecture's JSON file; of a run's folder, its `run.json`."""
-    import json
-
-    file = path / "run.json" if path.is_dir() else path
+def _read_base(path: Path) -> RunSpec:
     try:
-        data = json.loads(file.read_text())
-    except FileNotFoundError:
-        raise AssayError(f"base.spec: {file} is not there.") from None
-    except (OSError, ValueError) as error:
-        raise AssayError(f"base.spec: {file} is no JSON file: {error}.") from None
-    if isinstance(data, Mapping) and path.is_dir():
-        data = data["spec"]
-    if isinstance(data, Mapping) and "model" in data:
-        return RunSpec.from_data(data)
-    return RunSpec(model=TransformerSpec.from_data(data))
+        return read_spec(path)
+    except AssayError as error:
+        raise AssayError(f"base.spec: {error}") from None
 
 
 def _changed(run: RunSpec, changes: Paths, where: str) -> RunSpec:
