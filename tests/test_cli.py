@@ -335,6 +335,14 @@ def test_train_generate_eval_and_train_again(last_json, assay, corpus, tmp_path)
     assert err.startswith("assay: train.budget: unit = tokens, amount = 500.0 is not what the run")
     assert "was begun with (unit = steps, amount = 6.0)" in err
 
+    about = json.loads((out / "run.json").read_text())
+    about["spec"]["data"]["sources"][0]["corpus"] = "my/text.txt"
+    (out / "run.json").write_text(json.dumps(about))
+    status, _, err = assay("eval", out)
+    assert status == 2
+    assert "my/text.txt: there is no such corpus or file" in err
+    assert "run.json names it; relative to the folder where the run was trained: run this " in err
+
 
 def test_a_folder_with_a_run_in_it_says_which_and_how_to_go_on(assay, corpus, tmp_path):
     out = tmp_path / "run"

@@ -1,14 +1,16 @@
 """Curves from metrics, and the answer in words."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from assay.compare.experiment import Entry, Experiment, Plan
 from assay.compare.record import Job, notes, read_run, sentence, surroundings
 from assay.compare.results import Pair, Row
+from assay.compare.sizes import only_warmed_up
 from assay.spec import presets
-from assay.spec.accounting import flops_per_token
+from assay.spec.accounting import flops_per_token, only_warm_up
 
 RUN = presets.get("tiny-gpt").run.changed({"train.budget": {"unit": "steps", "amount": 30}})
 ENTRY = Entry("a", "a", None, RUN, {}, (), {"params": 1, "active_params": 1}, ())
@@ -165,6 +167,27 @@ SECONDS = (
     "At equal {unit} the variants do not spend equal seconds of training: a run of a 1, of b 1.5, "
     "1.5 times as much. budget.unit = 'seconds' makes them equal."
 )
+
+
+def test_a_run_of_warm_up_alone_is_noted():
+    said = (
+        "The warm-up of {} updates (schedule.warmup) takes the whole run of 30 updates: the "
+        "learning rate does not get to its peak before the end."
+    )
+    longer = RUN.at("schedule.warmup", 50)
+    assert only_warm_up(longer, 30) == said.format(50)
+    assert only_warm_up(longer, 51) is None
+    a = replace(ENTRY, run=RUN.at("schedule.warmup", 5))
+    b = replace(ENTRY, name="b", run=longer)
+
+    def noted(*entries):
+        found = notes(Plan(plan().experiment, entries, {}), [], surroundings(1, 2, ""))
+        return [note for note in found if "warm-up" in note]
+
+    assert noted(a) == []
+    assert noted(b) == [said.format(50)]
+    assert noted(a, b) == [f"{said.format(50)} This is so of b."]
+    assert only_warmed_up([("a", longer, None)]) is None  # of seconds, before it is measured
 
 
 @pytest.mark.parametrize(

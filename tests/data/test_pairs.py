@@ -161,6 +161,12 @@ def test_text_where_pairs_belong_and_the_reverse(jsonl, tsv, tmp_path):
     for name in (str(tsv), "sort-pairs"):
         with pytest.raises(AssayError, match="only a model with an encoder"):
             open_corpus(name)
+    with pytest.raises(AssayError, match=r"is trained on \(nano-seq2seq, t5-small\)"):
+        open_corpus("sort-pairs")
+    for content, said in (("", "the corpus is empty"), ("a\n", "line 1 has 1 columns")):
+        (tmp_path / "bad.tsv").write_text(content)
+        with pytest.raises(AssayError, match=said):
+            open_corpus(str(tmp_path / "bad.tsv"))
     with pytest.raises(AssayError, match="line 1 holds pairs of source and target"):
         list(open_corpus(str(jsonl)))
     with pytest.raises(AssayError, match="there is no such corpus"):

@@ -129,6 +129,11 @@ def test_bpe_is_deterministic_and_learns():
     assert BPE.vocab_size <= 400
     assert len(BPE.encode("the cat sat on the mat")) < 12
     assert tokenizers.train_bpe(TRAINING, 257).vocab_size == 257
+    asked = run.BpeTokenizerSpec(vocab_size=200_000)
+    few = tokenizers.fewer_than_asked(asked, 4021)
+    assert few.startswith("The tokenizer has 4,021 ids of the 200,000 asked for")
+    assert tokenizers.fewer_than_asked(asked, 200_000) is None
+    assert tokenizers.fewer_than_asked(run.ByteTokenizerSpec(), 257) is None
 
 
 @given(

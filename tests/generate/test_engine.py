@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from assay.errors import AssayError
-from assay.generate.engine import Generator, generate, stream
+from assay.generate.engine import Generator, context_notes, generate, stream
 from assay.model.transformer import merge_named, named_parameters
 from assay.spec.presets import PRESETS, shrink, vary
 
@@ -178,6 +178,24 @@ def test_other_positions_may_run_past_it_with_a_note(nano):
     assert result.notes == (
         "2 prompt tokens and 70 new ones are 72, past the 64 that the model was made for: "
         "quality may suffer.",
+    )
+
+
+def test_a_text_that_ended_in_time_has_no_note(nano):
+    greedy = {"max_new_tokens": 70, "temperature": 0.0}
+    (ids,) = generate(nano, [[1, 2]], **greedy).ids
+    ended = generate(nano, [[1, 2]], **greedy, stop_tokens=[ids[5]])
+    assert len(ended.ids[0]) <= 5
+    assert ended.notes == ()
+
+
+def test_the_token_that_a_target_begins_with_is_no_prompt():
+    spec = PRESETS["nano-seq2seq"].model
+    lengths, most = np.array([1]), spec.context
+    assert context_notes(spec, lengths, np.array([most - 1])) == ()
+    assert context_notes(spec, lengths, np.array([most])) == (
+        f"the token that a target begins with and {most} new ones are {most + 1}, past the {most} "
+        f"that the model was made for: quality may suffer.",
     )
 
 

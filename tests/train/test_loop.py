@@ -7,6 +7,7 @@ from assay.errors import AssayError
 from assay.spec.run import BudgetSpec
 from assay.train.checkpoint import Checkpoints
 from assay.train.loop import read_run, train
+from assay.train.progress import Silent
 from assay.train.tracking import Tracker
 from tests.train.conftest import lines
 
@@ -44,7 +45,12 @@ def test_a_run_leaves_what_is_promised(run, tmp_path):
 def test_budgets_in_other_units(run, tmp_path, budget, steps):
     from assay.spec.accounting import flops_per_token
 
-    result = train(run.changed({"train.budget": budget.model_dump()}), tmp_path / "out")
+    changes = {"train.budget": budget.model_dump(), "schedule.warmup": 8}
+    reporter, notes = Silent(), []
+    reporter.note = notes.append
+    result = train(run.changed(changes), tmp_path / "out", reporter=reporter)
+    warm = [note for note in notes if "warm-up of 8 updates (schedule.warmup) takes the" in note]
+    assert len(warm) == (result.steps <= 8)
     a_token = flops_per_token(run.model, 16).train
     assert result.steps == (steps or math.ceil(1e7 / (a_token * 128)))
 

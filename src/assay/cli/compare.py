@@ -241,8 +241,8 @@ def _print_design(plan, found) -> None:
     if (found.jobs or 1) > 1:
         minutes += f", {found.seconds / 60 / found.jobs:.1f} with {found.jobs} at once"
     console.print(f"In all {found.flops:.3g} FLOPs and about {minutes}; evaluation not counted.\n")
-    if found.unequal:
-        console.print(f"{escape(found.unequal)}\n")
+    for note in filter(None, (found.unequal, found.warm_up)):
+        console.print(f"{escape(note)}\n")
     spread = found.deviation
     known = "" if spread.low is None else f" (95 %: {spread.low:.4f} to {spread.high:.4f})"
     console.print(

@@ -1,5 +1,6 @@
 """Corpora made ready for training."""
 
+import sys
 import time
 from pathlib import Path
 from typing import Annotated
@@ -53,16 +54,16 @@ def prepare(
     Example: assay data prepare python-docs --out tokens --tokenizer bpe:4096
     """
     from assay.data.prepare import prepare as run_preparation
-    from assay.data.tokenizers import parse
+    from assay.data.tokenizers import fewer_than_asked, parse
 
-    start = time.perf_counter()
+    start, asked = time.perf_counter(), parse(tokenizer)
     columns = (TextColumn("tokenising"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, **progress_options(quiet)) as bar:
         task = bar.add_task("tokenising", total=None)
         manifest = run_preparation(
             corpus,
             folder,
-            parse(tokenizer),
+            asked,
             shard_tokens=shard_tokens,
             workers=workers,
             form=form,
@@ -70,6 +71,8 @@ def prepare(
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
     seconds = time.perf_counter() - start
+    if not quiet and (few := fewer_than_asked(asked, manifest["tokenizer"]["vocab_size"])):
+        print(f"note: {few}", file=sys.stderr)
     if not as_json:
         about, made = manifest["tokenizer"], len(manifest["shards"])
         documents = counted(manifest["documents"], "document")

@@ -268,15 +268,22 @@ def evaluate(
     paired = loaded.model.spec.encoder is not None
     parts = []
     for source in sources:
+        try:
+            corpus = open_pairs(source) if paired else files.open_corpus(source)
+        except AssayError as error:
+            if data is not None or Path(source).expanduser().exists():
+                raise
+            how = "name the corpus by --data."
+            if not Path(source).expanduser().is_absolute():
+                how = f"relative to the folder where the run was trained: run this there, or {how}"
+            raise AssayError(f"{error} {Path(model, 'run.json')} names it; {how}") from None
         if paired:
-            corpus = open_pairs(source)
             first, last = files.split(corpus, held_out)
             chosen = {"held-out": last, "train": first, "all": corpus}
             if split not in chosen:
                 raise AssayError(f"--split: found '{split}'; legal are held-out, train, all.")
             parts.append(loader.tokenize_pairs(chosen[split], loaded.tokenizer))
             continue
-        corpus = files.open_corpus(source)
         first, last = files.split(corpus, held_out)
         if split == "all":
             parts.append(loader.tokenize(corpus, loaded.tokenizer))

@@ -10,7 +10,7 @@ from assay.compare import scaling, statistics
 from assay.compare.experiment import Entry, Plan, tuned
 from assay.compare.pools import Pool
 from assay.compare.results import Pair, read_results
-from assay.compare.sizes import measure, unequal
+from assay.compare.sizes import measure, only_warmed_up, unequal
 from assay.errors import AssayError, counted
 from assay.spec.accounting import planned_steps, training_flops
 
@@ -57,7 +57,8 @@ class Outline:
 
     `seconds` are of all runs one after the other, `jobs` how many will run at once (None: as many
     as a cluster can). `ladders`: by variant, what its ladder can show; empty where there is none.
-    `unequal`: says that the budget leaves the variants' training FLOPs unequal.
+    `unequal`: says that the budget leaves the variants' training FLOPs unequal; `warm_up`, that
+    runs are warm-up alone.
     """
 
     costs: tuple[Cost, ...]
@@ -73,6 +74,7 @@ class Outline:
     ladders: dict[str, scaling.Scope]
     jobs: int | None
     unequal: str | None
+    warm_up: str | None = None
 
 
 def outline(
@@ -131,6 +133,10 @@ def outline(
         ladders=_ladders(plan, costs),
         jobs=jobs,
         unequal=_unequal(plan, costs),
+        warm_up=only_warmed_up(
+            (entry.name, entry.run, cost.steps)
+            for entry, cost in zip(plan.entries, costs, strict=True)
+        ),
     )
 
 

@@ -28,7 +28,7 @@ from assay.compare.results import (
     Row,
     RunRecord,
 )
-from assay.compare.sizes import far_apart, unequal
+from assay.compare.sizes import far_apart, only_warmed_up, unequal
 from assay.compare.worker import FAILED
 from assay.errors import counted
 from assay.spec.accounting import flops_per_token, kv_bytes_per_token, planned_steps
@@ -464,6 +464,9 @@ def write_text(path: Path, text: str) -> None:
 def notes(plan: Plan, rows: Sequence[Row], environment: Environment) -> tuple[str, ...]:
     """What a reader must know of all rows before believing the answer."""
     found = _unequal(plan, rows, environment)
+    updates = ((entry.name, entry.run, planned_steps(entry.run)) for entry in plan.entries)
+    if (warmed := only_warmed_up(updates)) is not None:
+        found.append(warmed)
     if not environment.seconds_comparable:
         found.append(
             f"{environment.jobs} runs shared the machine at a time, so seconds are no result here; "

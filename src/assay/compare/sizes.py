@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from assay.compare.results import Solution
 from assay.errors import AssayError
-from assay.spec.accounting import flops_per_token, parameters
+from assay.spec.accounting import flops_per_token, only_warm_up, parameters
 from assay.spec.run import RunSpec
 
 Quantity = Literal["params", "active_params", "flops_per_token"]
@@ -59,6 +59,20 @@ def unequal(rungs: Iterable[Mapping[str, float]], unit: str, cost: str) -> str |
         f"{amounts[least]:.3g}, of {most} {amounts[most]:.3g}{often}. budget.unit = '{cost}' "
         f"makes them equal."
     )
+
+
+def only_warmed_up(updates: Iterable[tuple[str, RunSpec, int | None]]) -> str | None:
+    """Says of which rows a run is all warm-up, of each row's run and how many updates it has."""
+    rows = [*updates]
+    found = {
+        name: said
+        for name, run, steps in rows
+        if steps is not None and (said := only_warm_up(run, steps)) is not None
+    }
+    if not found:
+        return None
+    first = next(iter(found.values()))
+    return first if len(found) == len(rows) else f"{first} This is so of {', '.join(found)}."
 
 
 def solve(

@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -40,7 +41,7 @@ PAIRS = {
 
 _ONLY_PAIRS = (
     "holds pairs of source and target, which only a model with an encoder is trained on "
-    "(transformer-base, t5-small); a decoder takes 'prompt' and 'completion'."
+    "(nano-seq2seq, t5-small); a decoder takes 'prompt' and 'completion'."
 )
 
 
@@ -280,6 +281,10 @@ def open_corpus(name: str) -> Corpus:
     if name.startswith("hf:"):
         return TextCorpus(name, _not_empty(name, lambda: _hugging_face(name)))
     if name in PAIRS or Path(name).suffix == ".tsv":
+        from assay.data.pairs import open_pairs
+
+        for _ in islice(open_pairs(name).read(), 1000):
+            pass  # a file that is no good is told of as such
         raise AssayError(f"{name}: {_ONLY_PAIRS}")
     from assay.data import prepare
 

@@ -346,6 +346,16 @@ def _byte_of() -> dict[str, bytes]:
 BYTE_OF = _byte_of()
 
 
+def fewer_than_asked(spec: run.TokenizerSpec, found: int) -> str | None:
+    """Says that a BPE learnt fewer ids than it was to."""
+    if spec.kind != "bpe" or found >= spec.vocab_size:
+        return None
+    return (
+        f"The tokenizer has {found:,} ids of the {spec.vocab_size:,} asked for: the text holds no "
+        f"more pairs to merge."
+    )
+
+
 def train_bpe(texts: Iterable[str], vocab_size: int) -> HuggingFaceTokenizer:
     """Byte-level BPE with GPT-2's pre-tokenisation, learnt from `texts`.
 

@@ -236,9 +236,11 @@ def beam_search(
         raise AssayError(
             "the model's logits are not finite; its parameters hold no sensible values."
         )
+    finished = [_finished(found, row) for row in range(len(read.new))]
+    made = np.array([max(len(beam.ids) for beam in row) for row in finished])
     return Beams(
-        [_finished(found, row) for row in range(len(read.new))],
-        read.notes,
+        finished,
+        engine.context_notes(spec, read.lengths, made),
         Timing(
             compile_seconds=read.compile_seconds + compiled - began,
             time_to_first_token=read.seconds + seconds,  # nothing is certain before the end

@@ -313,7 +313,9 @@ class Reading:
         self.prompts = prompts
         self.lengths = np.array([len(prompt) for prompt in prompts], np.int32)
         learned = spec.embedding.positions.kind == "learned"
-        self.notes = _check_context(self.lengths, self.new, spec.context, learned)
+        past = past_context(spec, self.lengths, self.new)
+        if learned and past is not None:
+            raise _past_the_table(spec, past, int(self.lengths[(self.lengths + self.new).argmax()]))
         # Buckets bound how many programs are compiled. A learned table bounds the prompt's.
         padded = max(power_of_two(self.lengths.max()), 8 if spec.encoder is None else 1)
         self.padded = min(padded, spec.context) if learned else padded
@@ -345,7 +347,6 @@ class Session:
         lengths, new, padded = reading.lengths, reading.new, reading.padded
         batch = len(lengths)
         self.prompt_lengths = lengths
-        self.notes = reading.notes
         longest = int((lengths + new).max())
         # Every slot is read for every token: the cache begins short, and grows where it must.
         self._room = slots = _slots(max(padded, min(longest, FIRST_SLOTS), 64))
@@ -447,7 +448,7 @@ class Session:
             ids=rows(self._tokens),
             finish_reasons=["stop" if stopped else "length" for stopped in self._stopped],
             logprobs=rows(self._logprobs),
-            notes=self.notes,
+            notes=context_notes(self._generator.spec, starts, ends - starts),
             timing=Timing(
                 compile_seconds=self._compile_seconds,
                 time_to_first_token=self._first_seconds,
@@ -644,21 +645,31 @@ def _checked_counts(max_new_tokens: PerRow[int], batch: int) -> np.ndarray:
     return np.broadcast_to(counts, (batch,)).astype(np.int32)
 
 
-def _check_context(lengths, new, context: int, learned: bool) -> tuple[str, ...]:
-    """A note where rows run past the context.
-
-    Raises:
-        AssayError: if they do, and positions are learned: there is no vector for them.
-    """
+def past_context(spec: TransformerSpec, lengths: np.ndarray, new: np.ndarray) -> str | None:
+    """What is longer than the context, with so many new tokens; None where nothing is."""
     longest = int((lengths + new).argmax())
-    prompt, wanted = int(lengths[longest]), int(new[longest])
-    if prompt + wanted <= context:
+    before, made = int(lengths[longest]), int(new[longest])
+    if before + made <= spec.context:
+        return None
+    first = counted(before, "prompt token")
+    if spec.encoder is not None:
+        first = "the token that a target begins with"
+    new_ones = "1 new one" if made == 1 else f"{made} new ones"
+    return f"{first} and {new_ones} are {before + made}"
+
+
+def context_notes(spec: TransformerSpec, lengths: np.ndarray, new: np.ndarray) -> tuple[str, ...]:
+    """A note where rows have run past the context: what they might have come to is no matter."""
+    past = past_context(spec, lengths, new)
+    if past is None:
         return ()
-    new_ones = "1 new one" if wanted == 1 else f"{wanted} new ones"
-    sizes = f"{counted(prompt, 'prompt token')} and {new_ones} are {prompt + wanted}"
-    if learned:
-        fits = f"at most {context - prompt} new ones fit" if prompt < context else "shorten it"
-        raise AssayError(
-            f"max_new_tokens: {sizes}, but the model's learned positions end at {context}; {fits}."
-        )
-    return (f"{sizes}, past the {context} that the model was made for: quality may suffer.",)
+    return (f"{past}, past the {spec.context} that the model was made for: quality may suffer.",)
+
+
+def _past_the_table(spec: TransformerSpec, past: str, before: int) -> AssayError:
+    """There is no vector for positions that are learned and past the context."""
+    room = spec.context - before
+    fits = f"at most {room} new ones fit" if room > 0 else "shorten it"
+    return AssayError(
+        f"max_new_tokens: {past}, but the model's learned positions end at {spec.context}; {fits}."
+    )

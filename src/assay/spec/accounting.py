@@ -28,6 +28,7 @@ from functools import lru_cache
 from itertools import pairwise
 from typing import Literal
 
+from assay.errors import counted
 from assay.spec.model import (
     AttentionSpec,
     BlockSpec,
@@ -149,6 +150,17 @@ def planned_steps(run: RunSpec) -> int | None:
         case "flops":
             return math.ceil(budget.amount / (run_flops_per_token(run).train * tokens))
     return None
+
+
+def only_warm_up(run: RunSpec, steps: int) -> str | None:
+    """Says that so many updates are all warm-up."""
+    if steps > run.schedule.warmup:
+        return None
+    return (
+        f"The warm-up of {counted(run.schedule.warmup, 'update')} (schedule.warmup) takes the "
+        f"whole run of {counted(steps, 'update')}: the learning rate does not get to its peak "
+        f"before the end."
+    )
 
 
 def kv_bytes_per_token(spec: TransformerSpec, dtype: str = "float32") -> int:

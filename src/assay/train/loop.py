@@ -27,7 +27,7 @@ from assay.evaluate.perplexity import Evaluation, evaluate, row_losses
 from assay.folders import LOCK, held
 from assay.model.sharding import make_mesh, parameter_shardings, partition, use_mesh
 from assay.model.transformer import Layout, Transformer, abstract, layout, name_leaves
-from assay.spec.accounting import planned_steps, run_flops_per_token
+from assay.spec.accounting import only_warm_up, planned_steps, run_flops_per_token
 from assay.spec.run import RunSpec
 from assay.startup import compute_in_the_calling_thread, keep_compiled_programs
 from assay.train import plot, processes
@@ -143,6 +143,11 @@ def _train(
     if prepared.left_out:
         pairs = counted(prepared.left_out, "pair")
         reporter.note(f"Left out, as longer than data.seq_len: {pairs}.")
+    steps, of_vocabulary = planned_steps(run), prepared.tokenizer.vocab_size
+    few = tokenizers.fewer_than_asked(run.data.tokenizer, of_vocabulary)
+    for note in (few, steps is not None and only_warm_up(run, steps)):
+        if note and not resume:
+            reporter.note(note)
     opening = partial(_open_folder, out, run, prepared, resume, leaving)
     processes.all_or_none(lambda: opening() if first else None)
 
