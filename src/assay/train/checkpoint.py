@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -121,7 +122,11 @@ class Checkpoints:
     @contextmanager
     def _told(self) -> Iterator[None]:
         try:
-            yield
+            if jax.process_count() == 1:
+                yield
+            else:
+                with processes.after(processes.HEARTBEAT / 2, self._waiting):
+                    yield
         except Exception as error:
             why = _refusal(error)
             if why is None:  # not the disk's: of a device, or of a process that is gone
@@ -129,6 +134,16 @@ class Checkpoints:
             raise NotSavedError(
                 f"{self.folder}: a checkpoint could not be written: {why}. {self._whole()}"
             ) from error
+
+    def _waiting(self) -> None:
+        """Said beforehand: at a barrier JAX ends the process from C++, and nothing follows."""
+        print(
+            f"assay: waiting for all processes to write a checkpoint in {self.folder}. If one was "
+            f"lost, JAX ends this one {processes.HEARTBEAT} s after with words of its own: then "
+            f"start all of them again with --resume.",
+            file=sys.stderr,
+            flush=True,
+        )
 
     def _whole(self) -> str:
         latest = self.latest()

@@ -109,13 +109,14 @@ def train(
         mesh = make_mesh(run.mesh, of_one=run.compute.offload_optimizer)
         with use_mesh(mesh), ExitStack() as leaving:
             return _train(run, out, mesh, leaving, resume, stop_at, reporter, trackers)
-    except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1:
+    except Exception as error:
+        why = processes.another_lost(error)
+        if why is None:
             raise
         raise processes.LostProcessError(
             f"process {jax.process_index()} of {jax.process_count()}: another process of the run "
             f"was lost, so this one ends too. Start all of them again with --resume: they go on "
-            f"from the newest checkpoint in {out}. ({str(error).splitlines()[0][:200]})"
+            f"from the newest checkpoint in {out}. ({why[:200]})"
         ) from None
 
 
@@ -231,7 +232,7 @@ def _train(
     val, val_step, why = None, None, "budget"
     eval_every = run.train.eval_every or (50 if run.train.target_loss else None)
     saving = _SavePlan(run.train.checkpoint_every, clock)
-    signals, stopped = _StopSignals(), False
+    signals, stopped, lost = _StopSignals(), False, False
     agreement = processes.Agreement(clock.share(step), IN_FLIGHT)
     reporter.start(run.preset or "training")
     try:
@@ -282,11 +283,15 @@ def _train(
             log.evaluated(step, val)
         if why == "budget" and run.train.target_loss and val.loss <= run.train.target_loss:
             why = "target"
+    except Exception as error:
+        lost = processes.another_lost(error) is not None
+        raise
     finally:
         reporter.stop()
         batches.close()
         log.close()
-        checkpoints.close()
+        if not lost:  # the lost one would be waited for, until JAX aborts
+            checkpoints.close()
 
     # ---- tell
     speed = log.tokens_here / log.seconds_here if log.tokens_here else None

@@ -40,6 +40,20 @@ class LostProcessError(AssayError):
     """Another process of the run is gone: nothing can be computed, nor tidied up together."""
 
 
+def another_lost(error: BaseException | None) -> str | None:
+    """JAX's words for it, where an error of a run of several is that another process is gone.
+
+    Gloo's errors come out of JAX as ValueErrors too, those of a barrier out of Orbax as a timeout.
+    """
+    if jax.process_count() == 1 or isinstance(error, AssayError):
+        return None
+    while error is not None:
+        if isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in str(error):
+            return str(error).splitlines()[0]
+        error = error.__cause__
+    return None
+
+
 def join(
     coordinator: str | None = None, processes: int | None = None, process_id: int | None = None
 ) -> None:
@@ -120,22 +134,29 @@ def _meeting(coordinator: str, processes: int | None, process_id: int | None) ->
         )
         os._exit(2)  # the thread that waits is in C++, and hears of no exception
 
-    timers = [threading.Timer(WAITING, tell), threading.Timer(MEETING, end)]
-    for timer in timers:
-        timer.daemon = True
-        timer.start()
     # Nor does it hear Ctrl-C, so the system is to act on that.
     heard = threading.current_thread() is threading.main_thread()
     heard = heard and signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if heard:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
-        yield
+        with after(WAITING, tell), after(MEETING, end):
+            yield
     finally:
-        for timer in timers:
-            timer.cancel()
         if heard:
             signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@contextmanager
+def after(seconds: float, do: Callable[[], None]) -> Iterator[None]:
+    """Does it in a thread, if what is done meanwhile has not ended by then."""
+    timer = threading.Timer(seconds, do)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _port(coordinator: str) -> int:
