@@ -1,15 +1,34 @@
 import json
 import math
+import re
+from pathlib import Path
 
 import pytest
 
+import assay
+import assay.api
 from assay.errors import AssayError
 from assay.spec.run import BudgetSpec
 from assay.train.checkpoint import Checkpoints
 from assay.train.loop import read_run, train
-from assay.train.progress import Silent
+from assay.train.progress import Reporter, Silent
 from assay.train.tracking import Tracker
 from tests.train.conftest import lines
+
+DOCS = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
+
+
+def test_what_the_docs_pass_from_python_works(corpus, capsys, monkeypatch):
+    trained = []
+    monkeypatch.setattr(assay.api, "train", lambda *args, **options: trained.append(options))
+    reporter, loop = re.findall(r"```python\n(.*?)```", DOCS, re.S)
+    exec(reporter, {"assay": assay})
+    asked = {name for name in vars(Reporter) if not name.startswith("_")}
+    assert all(callable(getattr(trained[0]["reporter"], name)) for name in asked)
+    small = f'"data.sources": [{{"corpus": "{corpus}"}}], "model.d_model": 32, "data.batch_size": 4'
+    small = f'"model.decoder.num_layers": 1, {small}'
+    exec(loop.replace('"data.batch_size": 4', small).replace("run.seed), 20", "run.seed), 2"), {})
+    assert re.fullmatch(r"5\.\d+ nats a token\n", capsys.readouterr().out)
 
 
 def test_a_run_leaves_what_is_promised(run, tmp_path):
@@ -24,6 +43,7 @@ def test_a_run_leaves_what_is_promised(run, tmp_path):
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in records] == [10, 20, 25, 25]
     assert records[1]["tokens"] == 20 * 8 * 16
+    assert {name for record in records for name in record} <= {*re.findall(r"`(\w+)`", DOCS)}
     assert records[-1]["val_loss"] == result.val_loss
     assert records[2]["loss"] == result.train_loss
     assert (result.steps, result.tokens, result.finished) == (25, 25 * 8 * 16, True)

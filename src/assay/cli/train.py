@@ -39,7 +39,7 @@ def train(
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Budget in updates.", min=1)] = None,
     seconds: Annotated[float | None, typer.Option(help="Budget in seconds of training.")] = None,
-    tokens: Annotated[float | None, typer.Option(help="Budget in tokens.")] = None,
+    tokens: Annotated[float | None, typer.Option(help="Budget in tokens, padding too.")] = None,
     flops: Annotated[float | None, typer.Option(help="Budget in training FLOPs.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Sequences an update.")] = None,
     seq_len: Annotated[int | None, typer.Option(help="Tokens a sequence.")] = None,
