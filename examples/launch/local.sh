@@ -8,7 +8,12 @@
 # and PORT where the processes meet.
 set -uo pipefail
 
-n=${1:?usage: local.sh PROCESSES ARGUMENTS-OF-ASSAY-TRAIN}
+n=${1:-}
+if [[ ! $n =~ ^[1-9][0-9]*$ ]]; then
+  echo "local.sh: PROCESSES: found '$n', expected a number of at least 1;" \
+    "usage: local.sh PROCESSES ARGUMENTS-OF-ASSAY-TRAIN." >&2
+  exit 2
+fi
 shift
 assay=${ASSAY:-assay}
 port=${PORT:-$((20000 + RANDOM % 20000))}
@@ -33,8 +38,9 @@ while ((${#left[@]})); do
     wait "$pid"
     code=$?
     if ((code && !status && n > 1)); then
-      echo "local.sh: a process ended with status $code, so the run ends." \
-        "Start all of them again with --resume: they go on from the newest checkpoint." >&2
+      again=" Start all of them again with --resume: they go on from the newest checkpoint."
+      ((code == 2)) && again=""  # what it was told cannot be done: it says why
+      echo "local.sh: a process ended with status $code, so the run ends.$again" >&2
       (sleep "${GRACE:-45}"; kill -KILL "${pids[@]}") &> /dev/null &
       killer=$!
     fi

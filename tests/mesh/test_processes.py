@@ -515,6 +515,41 @@ def test_what_it_runs_is_a_run(name, tmp_path, assay_command, monkeypatch):
     assert options["resume"]
 
 
+@pytest.mark.parametrize("count", ["x", "0", "-1", ""])
+def test_the_local_script_needs_a_number(count):
+    done = subprocess.run([LAUNCH / "local.sh", count, "nano"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert f"found '{count}', expected a number of at least 1" in done.stderr
+    assert "unbound" not in done.stderr
+
+
+@pytest.mark.parametrize(("status", "again"), [(2, False), (3, True)])
+def test_the_local_script_says_to_resume_only_what_ran(status, again):
+    done = subprocess.run(
+        [LAUNCH / "local.sh", "2", "nano"], capture_output=True, text=True,
+        env=os.environ | {"ASSAY": f"eval exit {status};"},
+    )  # fmt: skip
+    assert done.returncode == status
+    assert f"a process ended with status {status}, so the run ends." in done.stderr
+    assert ("--resume" in done.stderr) == again
+
+
+def test_a_mesh_that_leaves_a_process_out_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(AssayError, match=r"it has 1 device, but 2 processes have 8, and each"):
+        train(presets.get("tiny-gpt").run, tmp_path)
+
+
+def test_several_are_told_to_start_all_again(monkeypatch):
+    from assay.cli.train import _what_next
+    from assay.train.loop import TrainResult
+
+    ended = TrainResult("runs/a b", *[None] * 9, finished=False, stopped_by="SIGTERM")
+    assert _what_next(ended) == "\nTo go on: assay train --resume --out 'runs/a b'"
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    assert "start all 2 processes again: assay train --resume" in _what_next(ended)
+
+
 @pytest.mark.parametrize("name", ["local.sh", "slurm.sh", "tpu-pod.sh"])
 def test_scripts_are_bash(name):
     subprocess.run(["bash", "-n", LAUNCH / name], check=True)

@@ -262,7 +262,13 @@ def _print_result(result) -> None:
 
 
 def _what_next(result) -> str:
+    from assay.train.processes import count
+
     folder = shlex.quote(result.out)
+    if not result.finished and count() > 1:
+        return (
+            f"\nTo go on, start all {count()} processes again: assay train --resume --out {folder}"
+        )
     if not result.finished:
         return f"\nTo go on: assay train --resume --out {folder}"
     if result.stopped_by == "target":

@@ -132,7 +132,8 @@ def make_mesh(spec: MeshSpec, *, of_one: bool = False) -> Mesh | None:
     if spec.devices > found:
         raise AssayError(
             f"mesh: {', '.join(f'{axis}={getattr(spec, axis)}' for axis in MESH_AXES)} needs "
-            f"{spec.devices} devices; found {found} ({jax.default_backend()})."
+            f"{spec.devices} devices; found {found} ({jax.default_backend()}). Start all processes "
+            f"of a run that had several, or name a mesh of what is here, as --mesh data=1."
         )
     shape = tuple(getattr(spec, axis) for axis in MESH_AXES)
     kinds = (jax.sharding.AxisType.Auto,) * len(shape)

@@ -100,10 +100,11 @@ def train(
     keep_compiled_programs()
     compute_in_the_calling_thread()
     take_what_is_planned_of_a_gpu()
-    if jax.process_count() > 1 and run.mesh.devices != jax.device_count():
+    count, found = jax.process_count(), jax.device_count()
+    if count > 1 and run.mesh.devices != found:
         raise AssayError(
-            f"mesh: it has {run.mesh.devices} devices, but {jax.process_count()} processes have "
-            f"{jax.device_count()}, and each must take part: --mesh data={jax.device_count()}."
+            f"mesh: it has {counted(run.mesh.devices, 'device')}, but {count} processes have "
+            f"{found}, and each must take part: --mesh data={found}."
         )
     try:
         mesh = make_mesh(run.mesh, of_one=run.compute.offload_optimizer)

@@ -192,8 +192,8 @@ def _number(flag: str, given: int | None, variable: str) -> int:
         ) from None
 
 
-def rank() -> int:
-    return jax.process_index()
+def count() -> int:
+    return jax.process_count()
 
 
 def is_first() -> bool:
