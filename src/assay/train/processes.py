@@ -83,7 +83,7 @@ def join(
             raise AssayError(f"--processes: found {processes}, legal are 1 and more.")
         if not 0 <= process_id < processes:
             raise AssayError(f"--process-id: found {process_id}, legal are 0 to {processes - 1}.")
-        if process_id == 0:
+        if process_id == 0 and "JAX_COORDINATOR_BIND_ADDRESS" not in os.environ:
             _refuse_taken(port)
     jax.config.update("jax_enable_preemption_service", False)  # the loop itself hears signals
     # Gloo has one line between two processes: programs must take their turns on it.
