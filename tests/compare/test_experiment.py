@@ -147,6 +147,19 @@ def test_a_ladder_has_a_row_for_each_size_and_pairs_within_it(plan_of):
     assert plan.entries[2].run.model.d_model == 256
 
 
+def test_a_base_may_be_a_spec_of_ones_own(plan_of, tmp_path):
+    head = '[base]\nspec = "my.json"\n'
+    run = presets.get("tiny-gpt").run.changed({"model.d_model": 64, "optimizer.lr": 0.5})
+    for spec, rate in ((run, 0.5), (run.model, 1e-3)):  # a run's, or a model's in a default run
+        (tmp_path / "my.json").write_text(spec.to_json())
+        plain, _ = plan_of(head + BUDGET + TWO).entries
+        assert plain.run.model == run.model.with_vocab(257)
+        assert plain.run.optimizer.lr == rate
+    (tmp_path / "my.json").write_text("{}")
+    with pytest.raises(AssayError, match=r"base.spec: .*my.json: is neither a model's spec \(voc"):
+        plan_of(head + BUDGET + TWO)
+
+
 def test_a_base_is_what_the_others_are_compared_with(plan_of):
     text = HEAD + BUDGET + TWO + '[variants.third]\n[design]\nbase = "gated"\n'
     assert plan_of(text).pairs() == [("plain", "gated"), ("third", "gated")]

@@ -237,7 +237,7 @@ def beam_search(
             "the model's logits are not finite; its parameters hold no sensible values."
         )
     finished = [_finished(found, row) for row in range(len(read.new))]
-    made = np.array([max(len(beam.ids) for beam in row) for row in finished])
+    made = np.array([max((len(beam.ids) for beam in row), default=0) for row in finished])
     return Beams(
         finished,
         engine.context_notes(spec, read.lengths, made),
