@@ -206,7 +206,9 @@ def test_training_begins_with_a_spec(spec_file, tmp_path):
     ("content", "said"),
     [
         ('{"d_model": 3}', "my.json: vocab_size: this field is required"),
-        ('{"model": {"d_modl": 3}}', "my.json: model.vocab_size"),
+        ('{"d_modl": 3}', "is neither a model's spec"),
+        ('{"context": 3, "d_modl": 3}', "d_modl: there is no such field; did you mean 'd_model'"),
+        ('{"model": {"d_modl": 3}}', "my.json: model.d_modl: there is no such field; did you"),
         ('{"a": 1}', "my.json: is neither a model's spec (vocab_size, "),
         ("[1]", "found no fields"),
         ("{", "my.json: is no JSON file"),

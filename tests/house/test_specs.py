@@ -242,7 +242,7 @@ def test_at_says_what_is_wrong(path, value, said):
         (
             AttentionSpec,
             {"heads": 4, "positions": {"kind": "rope", "scaling": {"kind": "linear", "factr": 2}}},
-            ["positions.scaling.factor", "required"],
+            ["positions.scaling.factr", "'factor'"],
         ),
         (Llama3Scaling, {"low_freq_factor": 4.0}, ["high_freq_factor: found 4.0", "4.0"]),
         (YarnScaling, {"factor": 0.5, "original_context": 8}, ["factor", "0.5", "1"]),
@@ -287,7 +287,7 @@ def test_at_says_what_is_wrong(path, value, said):
         (
             StackSpec,
             {"pattern": ({"attention": {"hedas": 2}, "feed_forward": None},), "num_layers": 1},
-            ["pattern.0.attention.heads", "required"],
+            ["pattern.0.attention.hedas", "'heads'"],
         ),
         (EmbeddingSpec, {"positions": {"kind": "rope"}}, ["positions.kind", "'rope'", "learned"]),
         (InitSpec, {"weights": {"kind": "norml"}}, ["weights.kind", "'normal'"]),

@@ -132,7 +132,10 @@ def _paths(data: Any, prefix: str = "") -> list[str]:
 
 def _sentence(error: ValidationError, cls: type[BaseModel]) -> str:
     """The first complaint of a ValidationError, as a sentence."""
-    first = error.errors()[0]
+    complaints = error.errors()
+    first = complaints[0]
+    if first["type"] == "missing":  # perhaps it is there, misspelt
+        first = next((one for one in complaints if one["type"] == "extra_forbidden"), first)
     path, owner = _walk(cls, first["loc"], first["type"])
     field = path or cls.__name__
     found = first["input"]
