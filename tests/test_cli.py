@@ -343,7 +343,14 @@ def test_train_generate_eval_and_train_again(last_json, assay, corpus, tmp_path)
     status, _, err = assay("eval", out)
     assert status == 2
     assert "my/text.txt: there is no such corpus or file" in err
-    assert "run.json names it; relative to the folder where the run was trained: run this " in err
+    assert "run.json names it; a relative path begins where the run was trained: run this" in err
+    assert err.endswith(" there, or name the corpus by --data.\n")
+    (out / "result.json").unlink()
+    status, _, err = assay("train", "--resume", "--out", out)
+    assert status == 2
+    assert err.endswith(
+        "names it; a relative path begins where the run was trained: run this there.\n"
+    )
 
 
 def test_a_folder_with_a_run_in_it_says_which_and_how_to_go_on(assay, corpus, tmp_path):

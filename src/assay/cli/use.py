@@ -270,13 +270,10 @@ def evaluate(
     for source in sources:
         try:
             corpus = open_pairs(source) if paired else files.open_corpus(source)
-        except AssayError as error:
-            if data is not None or Path(source).expanduser().exists():
+        except files.NoCorpusError as error:
+            if data is not None:
                 raise
-            how = "name the corpus by --data."
-            if not Path(source).expanduser().is_absolute():
-                how = f"relative to the folder where the run was trained: run this there, or {how}"
-            raise AssayError(f"{error} {Path(model, 'run.json')} names it; {how}") from None
+            raise error.of_run(Path(model), ", or name the corpus by --data") from None
         if paired:
             first, last = files.split(corpus, held_out)
             chosen = {"held-out": last, "train": first, "all": corpus}

@@ -45,6 +45,17 @@ _ONLY_PAIRS = (
 )
 
 
+class NoCorpusError(AssayError):
+    """There is no corpus, and no file, of a name."""
+
+    def of_run(self, folder: Path, otherwise: str = "") -> AssayError:
+        """The same, where it was not the user who named it but the run in a folder."""
+        return AssayError(
+            f"{self} {folder / 'run.json'} names it; a relative path begins where the run was "
+            f"trained: run this there{otherwise}."
+        )
+
+
 class Segment(NamedTuple):
     """A stretch of text and the weight of its tokens in the training loss."""
 
@@ -326,7 +337,7 @@ def files_of(
             (Path(file.name), file) for file in map(Path, glob.glob(str(path), recursive=True))
         ]
     else:
-        raise AssayError(
+        raise NoCorpusError(
             f"{name}: there is no such corpus or file; {_nearest(name, path, suffixes, pairs)}"
         )
     files = sorted(

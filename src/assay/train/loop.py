@@ -22,6 +22,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from assay.data import loader, tokenizers
+from assay.data.corpora import NoCorpusError
 from assay.errors import AssayError, counted
 from assay.evaluate.perplexity import Evaluation, evaluate, row_losses
 from assay.folders import LOCK, held
@@ -133,7 +134,7 @@ def _train(
 ) -> TrainResult:
     # ---- text to batches
     tokenizer = tokenizers.load(out) if resume and (out / tokenizers.FILE).is_file() else None
-    prepared = processes.all_or_none(lambda: loader.prepare(run.data, tokenizer))
+    prepared = processes.all_or_none(lambda: _prepare(run, out, tokenizer, resume))
     processes.assert_same(prepared.fingerprint, "their data")
     run = run.replace(model=run.model.with_vocab(prepared.tokenizer.vocab_size))
     first = processes.is_first()  # alone prints and writes, but for its part of checkpoints
@@ -315,6 +316,15 @@ def _train(
     if finished and first:
         write_json(out / "result.json", asdict(result))
     return result
+
+
+def _prepare(run: RunSpec, out: Path, tokenizer, resume: bool) -> loader.Prepared:
+    try:
+        return loader.prepare(run.data, tokenizer)
+    except NoCorpusError as error:
+        if not resume:
+            raise
+        raise error.of_run(out) from None
 
 
 def scored_rows(run: RunSpec) -> int:
