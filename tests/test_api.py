@@ -1,6 +1,8 @@
 import subprocess
 import sys
 
+import pytest
+
 import assay
 
 
@@ -14,6 +16,11 @@ def test_every_public_name_is_there():
     for name in assay.__all__:
         assert getattr(assay, name) is not None
     assert set(assay.__all__) <= set(dir(assay))
+
+
+def test_an_option_that_there_is_not_is_told_with_those_that_are():
+    with pytest.raises(assay.AssayError, match=r"steps: .*resume, stop_at.*train\.budget\.amount"):
+        assay.train("nano", "out", steps=3)
 
 
 def test_three_calls_from_preset_to_text(tmp_path):

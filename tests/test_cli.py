@@ -395,6 +395,7 @@ def test_a_folder_with_a_run_in_it_says_which_and_how_to_go_on(assay, corpus, tm
         (["train", "nano", "--mesh", "tensors=2"], "did you mean 'tensor'"),
         (["train", "nano", "--mesh", "tensor"], "AXIS=DEVICES"),
         (["train", "nano", "--dtype", "float16"], "did you mean 'bfloat16'"),
+        (["train", "nano", "--set", "seed=4294967296"], "seed: found 4294967296, but"),
         (["show", "gpt-2"], "did you mean 'gpt2'"),
         (["generate", "gpt2", "--prompt", "x"], "no tokenizer"),
         (["eval", "mqa"], "--data"),
@@ -436,6 +437,33 @@ def test_a_bad_corpus_is_one_plain_sentence(assay, tmp_path, content, said):
     assert str(path.name) in err
     assert err.count("\n") == 1
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("not JSON", "run.json: it is not JSON"),
+        ("{}", "run.json: it is not a run's, which is an object with 'spec'"),
+        ('{"spec": {"model": 4}}', "run.json: model: found 4, but"),
+    ],
+)
+def test_a_run_json_that_is_not_a_runs(assay, tmp_path, content, said):
+    (tmp_path / "run.json").write_text(content)
+    for arguments in (("show", tmp_path), ("train", "--resume", "--out", tmp_path)):
+        status, _, err = assay(*arguments)
+        assert status == 2
+        assert said in err
+        assert err.count("\n") == 1
+
+
+def test_no_memory_is_a_sentence(assay, monkeypatch):
+    def fails():
+        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1610612736 bytes.")
+
+    monkeypatch.setattr("assay.cli.application.app", fails)
+    status, _, err = assay("generate", "mqa")
+    assert status == 2
+    assert err.startswith("assay: memory: there is no room for 1.5 GiB more; a smaller batch")
 
 
 def test_debug_gives_the_traceback(monkeypatch):

@@ -3,10 +3,11 @@
 Each imports what it needs when it is called: who trains does not wait for statistics.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from assay.errors import AssayError
+from assay.errors import AssayError, did_you_mean
 
 if TYPE_CHECKING:
     from assay.compare.results import Results
@@ -14,6 +15,15 @@ if TYPE_CHECKING:
     from assay.loading import Loaded
     from assay.spec.run import RunSpec
     from assay.train.loop import TrainResult
+
+
+_OF_THE_RUN = " The run says the rest: assay.preset('nano', {'train.budget.amount': 3})."
+
+
+def _refuse_others(options: dict[str, Any], legal: Sequence[str], more: str = "") -> None:
+    for name in options:
+        if name not in legal:
+            raise AssayError(f"{name}: there is no such option; {did_you_mean(name, legal)}{more}")
 
 
 def preset(name: str, changes: dict[str, Any] | None = None) -> "RunSpec":
@@ -34,6 +44,7 @@ def train(run: "RunSpec | str", out: str | Path, **options: Any) -> "TrainResult
 
     `options` are those of `assay.train.loop.train`: resume, stop_at, reporter, trackers.
     """
+    _refuse_others(options, ("resume", "stop_at", "reporter", "trackers"), _OF_THE_RUN)
     from assay.loading import untrained
     from assay.train.loop import train as _train
     from assay.train.plot import plot_experts, plot_losses

@@ -4,6 +4,7 @@ Every message is a plain sentence that names the field or file, what was found, 
 and, where a name was misspelt, the nearest right one.
 """
 
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 
@@ -30,6 +31,15 @@ def did_you_mean(name: object, legal: Iterable[str], *, limit: int = 12) -> str:
 def counted(number: int, noun: str) -> str:
     """1 shard, 2 shards."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def out_of_memory(error: Exception, ways_out: str) -> AssayError | None:
+    """What XLA says where its memory is used up, as a sentence; None if that is not the matter."""
+    if not str(error).startswith("RESOURCE_EXHAUSTED"):
+        return None
+    wanted = re.search(r"allocat\w+ (\d+) bytes", str(error))
+    size = f" for {int(wanted[1]) / 2**30:,.1f} GiB more" if wanted else ""
+    return AssayError(f"memory: there is no room{size}; {ways_out}")
 
 
 def need_extra(package: str, extra: str, purpose: str) -> AssayError:

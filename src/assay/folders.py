@@ -22,14 +22,17 @@ def held(out: Path, command: str) -> Iterator[int]:
     It is made where there is none, and gone again if nothing else was put there.
 
     Raises:
-        AssayError: if it is a file; if another process, of `command`, is at work in it.
+        AssayError: if it is a file, or cannot be made; if another process, of `command`, is at work in it.
     """
     import fcntl
 
     if out.exists() and not out.is_dir():
         raise AssayError(f"{out}: it is a file, where a folder is expected.")
     made = not out.exists()
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise AssayError(f"{out}: the folder cannot be made ({error.strerror}).") from None
     lock = os.open(out / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         until = time.monotonic() + PATIENCE

@@ -3,12 +3,14 @@ import math
 import re
 from pathlib import Path
 
+import jax
 import pytest
 
 import assay
 import assay.api
 from assay.errors import AssayError
 from assay.spec.run import BudgetSpec
+from assay.train import loop
 from assay.train.checkpoint import Checkpoints
 from assay.train.loop import read_run, train
 from assay.train.progress import Reporter, Silent
@@ -134,6 +136,28 @@ def test_a_mesh_that_does_not_divide_is_named(run, tmp_path):
         train(run.changed({"mesh.tensor": 5}), tmp_path / "out")
     with pytest.raises(AssayError, match=r"needs 16 devices; found 8 .*--mesh data=1"):
         train(run.changed({"mesh.tensor": 2, "mesh.data": 8}), tmp_path / "out2")
+
+
+def test_where_no_folder_can_be(run, tmp_path):
+    file = tmp_path / "file"
+    file.touch()
+    with pytest.raises(AssayError, match="file: it is a file, where a folder"):
+        train(run, file)
+    with pytest.raises(AssayError, match="x: the folder cannot be made"):
+        train(run, file / "x")
+    with pytest.raises(AssayError, match="stop_at: found -1"):
+        train(run, tmp_path / "out", stop_at=-1)
+
+
+def test_no_memory_is_a_sentence_that_names_ways_out(run, tmp_path, monkeypatch):
+    def fails(*_):
+        raise jax.errors.JaxRuntimeError(
+            f"RESOURCE_EXHAUSTED: Out of memory allocating {3 * 2**29} bytes."
+        )
+
+    monkeypatch.setattr(loop, "_train", fails)
+    with pytest.raises(AssayError, match=r"1\.5 GiB.*batch_size.*accumulate.*remat.*assay plan"):
+        train(run, tmp_path / "out")
 
 
 EXPECTED = {

@@ -3,7 +3,7 @@
 import sys
 
 from assay.cli.memory import computes, keep_memory
-from assay.errors import AssayError
+from assay.errors import AssayError, out_of_memory
 
 
 def main() -> None:
@@ -40,6 +40,14 @@ def main() -> None:
             raise
         where = f"{error.filename}: " if error.filename else ""
         print(f"assay: {where}{error.strerror} (--debug shows where).", file=sys.stderr)
+        sys.exit(2)
+    except RuntimeError as error:  # XLA's is one
+        told = out_of_memory(
+            error, "a smaller batch, a shorter text or --dtype bfloat16 takes less."
+        )
+        if debug or told is None:
+            raise
+        print(f"assay: {told}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("assay: interrupted.", file=sys.stderr)

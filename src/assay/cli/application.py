@@ -39,7 +39,8 @@ Settings = Annotated[
     typer.Option("--set", metavar="PATH=VALUE", help="Any field, as model.d_model=64."),
 ]
 Dtype = Annotated[str, typer.Option(help="float32 or bfloat16.")]
-Seed = Annotated[int, typer.Option(help="Of everything drawn at random.", min=0)]
+LAST_SEED = 2**32 - 1
+Seed = Annotated[int, typer.Option(help="Of everything drawn at random.", min=0, max=LAST_SEED)]
 
 
 # ---------------------------------------------------------------------------- printing

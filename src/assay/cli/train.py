@@ -11,6 +11,7 @@ import typer
 from rich.table import Table
 
 from assay.cli.application import (
+    LAST_SEED,
     Json,
     Quiet,
     Settings,
@@ -52,7 +53,9 @@ def train(
         str | None, typer.Option(help="byte, char, bpe, bpe:N, or a tokenizer.json.")
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of everything drawn at random.", min=0)] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Of everything drawn at random.", min=0, max=LAST_SEED)
+    ] = None,
     mesh: Annotated[str | None, typer.Option(help="Devices by axis: data=2,tensor=4.")] = None,
     checkpoint_every: Annotated[int | None, typer.Option(help="Steps between saves.")] = None,
     eval_every: Annotated[int | None, typer.Option(help="Steps between evaluations.")] = None,

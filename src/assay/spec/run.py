@@ -15,6 +15,7 @@ from assay.spec.base import Spec, differences
 from assay.spec.model import TransformerSpec
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 # ---------------------------------------------------------------------------- data
 
@@ -335,7 +336,7 @@ class RunSpec(Spec):
     train: TrainSpec = TrainSpec()
     compute: ComputeSpec = ComputeSpec()
     mesh: MeshSpec = MeshSpec()
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
 
     def other_than(self, begun: "RunSpec") -> list[tuple[str, Any, Any]]:
         """(dotted path, there, here) of what a run that was begun cannot go on as this one.

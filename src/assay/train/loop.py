@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 
 from assay.data import loader, tokenizers
 from assay.data.corpora import NoCorpusError
-from assay.errors import AssayError, counted
+from assay.errors import AssayError, counted, out_of_memory
 from assay.evaluate.perplexity import Evaluation, evaluate, row_losses
 from assay.folders import LOCK, held
 from assay.model.sharding import make_mesh, parameter_shardings, partition, use_mesh
@@ -40,6 +40,11 @@ from assay.train.tracking import Tracker
 
 IN_FLIGHT = 2
 """Steps the host may be ahead of the device: enough to hide its work, too few to pile up."""
+
+LESS_MEMORY = (
+    "a smaller data.batch_size, a larger train.accumulate or compute.remat=block takes less, "
+    "and 'assay plan' says how much before anything is run."
+)
 
 SCORED = 8192
 """Tokens that are scored at a time, unless an update has more."""
@@ -78,7 +83,7 @@ def train(
     resume: bool = False,
     stop_at: int | None = None,
     reporter: Reporter | None = None,
-    trackers: tuple[str, ...] = (),
+    trackers: tuple[str, ...] | None = (),
 ) -> TrainResult:
     """Trains as `run` says, in the folder `out`.
 
@@ -90,7 +95,9 @@ def train(
             no good; if the loss is no longer a number (the last good checkpoint stays); if another
             process was lost.
     """
-    out, reporter = Path(out), reporter or Silent()
+    out, reporter, trackers = Path(out), reporter or Silent(), tuple(trackers or ())
+    if stop_at is not None and stop_at < 0:
+        raise AssayError(f"stop_at: found {stop_at}, but it must be at least 0.")
 
     if resume and (out / "run.json").is_file():
         _hold_to_its_own(out, run)
@@ -114,6 +121,8 @@ def train(
     except Exception as error:
         why = processes.another_lost(error)
         if why is None:
+            if (told := out_of_memory(error, LESS_MEMORY)) is not None:
+                raise told from None
             raise
         raise processes.LostProcessError(
             f"process {jax.process_index()} of {jax.process_count()}: another process of the run "
@@ -412,8 +421,7 @@ def _open_folder(
                 f"{out}: it holds another run, and nothing is overwritten; "
                 f"go on with it by --resume, or name another folder by --out."
             )
-        begun = json.loads(record.read_text())["data"]["fingerprint"]
-        if begun != prepared.fingerprint:
+        if _read(record, "data").get("fingerprint") != prepared.fingerprint:
             raise AssayError(f"{out}: its run was trained on other data than is there now.")
         return
     if any(path.name != LOCK for path in out.iterdir()):
@@ -434,18 +442,45 @@ def read_run(out: Path | str) -> RunSpec:
     """The spec of the run in a folder.
 
     Raises:
-        AssayError: if there is none.
+        AssayError: if there is none, or its `run.json` is no good.
     """
     record = Path(out) / "run.json"
     if not record.is_file():
         raise AssayError(f"{out}: there is no run in it (no run.json).")
-    return RunSpec.from_data(json.loads(record.read_text())["spec"])
+    spec = _read(record, "spec")
+    try:
+        return RunSpec.from_data(spec)
+    except AssayError as error:
+        raise AssayError(f"{record}: {error}") from None
 
 
 def read_result(out: Path | str) -> TrainResult | None:
-    """How the run in a folder ended, if it has."""
+    """How the run in a folder ended, if it has.
+
+    Raises:
+        AssayError: if its `result.json` is no good.
+    """
     path = Path(out) / "result.json"
-    return TrainResult(**json.loads(path.read_text())) if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        return TrainResult(**_read(path))
+    except TypeError:
+        raise AssayError(f"{path}: it is not the result of a run.") from None
+
+
+def _read(path: Path, part: str | None = None) -> dict:
+    """The object in a run's JSON file, or the one that it has under a name."""
+    try:
+        found = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise AssayError(f"{path}: it is not JSON ({error}).") from None
+    if part is not None and isinstance(found, dict):
+        found = found.get(part)
+    if not isinstance(found, dict):
+        what = "an object" if part is None else f"an object with '{part}'"
+        raise AssayError(f"{path}: it is not a run's, which is {what}.")
+    return found
 
 
 def _save(checkpoints: Checkpoints, state: TrainState, position, form: Layout, log: "_Log"):
