@@ -449,7 +449,7 @@ def test_a_bad_corpus_is_one_plain_sentence(assay, tmp_path, content, said):
 )
 def test_a_run_json_that_is_not_a_runs(assay, tmp_path, content, said):
     (tmp_path / "run.json").write_text(content)
-    for arguments in (("show", tmp_path), ("train", "--resume", "--out", tmp_path)):
+    for arguments in (("generate", tmp_path), ("train", "--resume", "--out", tmp_path)):
         status, _, err = assay(*arguments)
         assert status == 2
         assert said in err

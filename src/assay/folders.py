@@ -22,7 +22,7 @@ def held(out: Path, command: str) -> Iterator[int]:
     It is made where there is none, and gone again if nothing else was put there.
 
     Raises:
-        AssayError: if it is a file, or cannot be made; if another process, of `command`, is at work in it.
+        AssayError: if it is a file or cannot be made; if another, of `command`, is at work in it.
     """
     import fcntl
 
