@@ -12,6 +12,11 @@ def test_import_costs_nothing():
     assert done.stdout.strip() == "[]"
 
 
+@pytest.fixture(scope="module")
+def untrained():
+    return assay.load("bigram")
+
+
 def test_every_public_name_is_there():
     for name in assay.__all__:
         assert getattr(assay, name) is not None
@@ -21,6 +26,19 @@ def test_every_public_name_is_there():
 def test_an_option_that_there_is_not_is_told_with_those_that_are():
     with pytest.raises(assay.AssayError, match=r"steps: .*resume, stop_at.*train\.budget\.amount"):
         assay.train("nano", "out", steps=3)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"beams": 2, "temperature": 0.5}, "temperature: it changes nothing with beams"),
+        ({"beams": 2, "length_penalti": 2}, "did you mean 'length_penalty'"),
+        ({"length_penalty": 2}, "length_penalty: it changes nothing without beams"),
+    ],
+)
+def test_a_setting_that_changes_nothing_is_refused(untrained, options, told):
+    with pytest.raises(assay.AssayError, match=told):
+        assay.generate(untrained, "x", **options)
 
 
 def test_three_calls_from_preset_to_text(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import subprocess
 import sys
 
 import pytest
@@ -281,7 +282,7 @@ def test_what_the_system_refuses_is_a_sentence(assay, tmp_path):
     inside = tmp_path / "file" / "run"
     status, out, err = assay("train", "bigram", "--data", tmp_path / "text.txt", "--out", inside)
     assert (status, out) == (2, "")
-    assert err.splitlines()[-1] == f"assay: {inside}: Not a directory (--debug shows where)."
+    assert err.splitlines()[-1] == f"assay: {inside}: the folder cannot be made (Not a directory)."
 
 
 def test_corpora_are_listed(last_json, assay):
@@ -456,14 +457,61 @@ def test_a_run_json_that_is_not_a_runs(assay, tmp_path, content, said):
         assert err.count("\n") == 1
 
 
-def test_no_memory_is_a_sentence(assay, monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (
+            RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1610612736 bytes."),
+            "memory: there is no room for 1.5 GiB more; a smaller batch, a shorter text or "
+            "--dtype bfloat16 takes less.",
+        ),
+        (
+            OSError(28, "No space left on device", "a"),
+            "a: No space left on device (--debug shows where).",
+        ),
+    ],
+)
+def test_what_there_is_no_room_for_is_a_sentence(assay, monkeypatch, error, told):
     def fails():
-        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1610612736 bytes.")
+        raise error
 
     monkeypatch.setattr("assay.cli.application.app", fails)
     status, _, err = assay("generate", "mqa")
-    assert status == 2
-    assert err.startswith("assay: memory: there is no room for 1.5 GiB more; a smaller batch")
+    assert (status, err) == (2, f"assay: {told}\n")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+def test_ctrl_c_ends_it_wherever_it_falls():
+    """Also in a callback of the garbage collector, where Python forgets an exception."""
+    code = """
+import gc, signal, sys
+from assay import cli
+def work():
+    gc.callbacks.append(lambda *_: signal.raise_signal(signal.SIGINT))
+    gc.collect()
+    print("went on")
+cli._run = work
+sys.argv = ["assay", "generate"]
+cli.main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "assay: interrupted.\n")
+
+
+def test_eval_of_all_holds_nothing_out(assay, tmp_path, monkeypatch):
+    from assay.evaluate import perplexity
+
+    def scored(model, batches):
+        (part,) = batches.parts
+        return perplexity.Evaluation(1.0, 2.7, None, len(part.ids) - 1, None, 1, 1, 0, 0, 0.1)
+
+    monkeypatch.setattr(perplexity, "evaluate", scored)
+    (tmp_path / "one.txt").write_text("x")
+    status, out, err = assay("eval", "bigram", "--data", tmp_path / "one.txt", "--split", "all")
+    assert status == 0, err
+    rows = dict(line.split() for line in out.splitlines())
+    assert rows["tokens"] == "2"
+    assert rows["bpb"] == "-"
 
 
 def test_debug_gives_the_traceback(monkeypatch):

@@ -3,6 +3,7 @@
 Each imports what it needs when it is called: who trains does not wait for statistics.
 """
 
+import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,8 +76,9 @@ def generate(model: "Loaded | str | Path", prompt: str, **options: Any) -> "Comp
     `assay.generate.text.complete`; `beams=N` and `length_penalty` search for the likeliest text.
 
     Raises:
-        AssayError: if the model has no tokenizer.
+        AssayError: if the model has no tokenizer, or if there is no such option.
     """
+    from assay.generate import sampling
     from assay.generate.text import complete, complete_by_beams
     from assay.loading import Loaded, load
 
@@ -87,6 +89,13 @@ def generate(model: "Loaded | str | Path", prompt: str, **options: Any) -> "Comp
         options = {"start_token": loaded.start_token} | options
     ends = [*options.get("stop_tokens", ()), *loaded.end_tokens]
     options = {"max_new_tokens": 200} | options | {"stop_tokens": ends}
-    if "beams" in options:
+    if options.get("beams") is not None:
+        for name in sampling.SETTINGS:
+            if name in options:
+                raise AssayError(f"{name}: it changes nothing with beams; leave it out.")
+        _refuse_others(options, inspect.getfullargspec(complete_by_beams).kwonlyargs)
         return complete_by_beams(loaded.model, loaded.tokenizer, [prompt], **options)[0][0]
+    options.pop("beams", None)
+    if "length_penalty" in options:
+        raise AssayError("length_penalty: it changes nothing without beams; leave it out.")
     return complete(loaded.model, loaded.tokenizer, prompt, **options)

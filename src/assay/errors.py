@@ -7,6 +7,7 @@ and, where a name was misspelt, the nearest right one.
 import re
 from collections.abc import Iterable
 from difflib import get_close_matches
+from typing import Any
 
 
 class AssayError(Exception):
@@ -31,6 +32,18 @@ def did_you_mean(name: object, legal: Iterable[str], *, limit: int = 12) -> str:
 def counted(number: int, noun: str) -> str:
     """1 shard, 2 shards."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def check_text(where: str, text: Any) -> None:
+    """Raises AssayError if it is no text, or cannot be written as UTF-8."""
+    if not isinstance(text, str):
+        raise AssayError(f"{where} is {type(text).__name__}, not text.")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise AssayError(
+            f"{where} has half a surrogate pair at character {error.start}, which is not text."
+        ) from None
 
 
 def out_of_memory(error: Exception, ways_out: str) -> AssayError | None:

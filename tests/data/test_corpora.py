@@ -129,6 +129,10 @@ def test_mixed_kinds_are_refused(tmp_path):
         (b"[1]\n", r"line 1 is list"),
         (b'{"text": 3}\n', r"line 1: 'text' is int, not text"),
         (b'{"text": "\\ud800"}\n', r"line 1: 'text' has half a surrogate pair at character 0"),
+        (
+            b'{"text": "a", "prompt": "b", "completion": "c"}',
+            r"line 1 has 'text', and 'prompt' and",
+        ),
         (b'{"text": "a", "weight": -1}\n', r"line 1: 'weight' is -1"),
         (b'{"text": "a", "weight": NaN}\n', r"line 1: 'weight' is nan"),
         (b'{"text": "a"}\n{"text": "\xff"}', r"byte 0xff at offset 24 \(line 2\)"),
@@ -272,6 +276,13 @@ def test_a_file_is_never_half_written(tmp_path):
         cache.write(tmp_path / "a", "not bytes")
     assert (tmp_path / "a").read_bytes() == b"before"
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_only_the_cache_folder_is_told_how_to_be_another(tmp_path, monkeypatch):
+    monkeypatch.setenv("ASSAY_CACHE", str(tmp_path / "cache"))
+    error = OSError(30, "Read-only file system")
+    assert "ASSAY_CACHE" in str(cache.cannot_write(cache.folder() / "corpora" / "a", error))
+    assert str(cache.cannot_write(tmp_path / "a", error)).endswith("(Read-only file system).")
 
 
 # ---------------------------------------------------------------------------- fingerprint, split

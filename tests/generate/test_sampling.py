@@ -193,7 +193,11 @@ def test_one_seed_gives_rows_of_their_own():
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"temperature": -1}, "temperature: found -1, but it must be at least 0 (0 is greedy)."),
+        (
+            {"temperature": -1},
+            "temperature: found -1, but it must be finite, at least 0 (0: greedy).",
+        ),
+        ({"temperature": float("inf")}, "temperature: found inf, but it must be finite"),
         ({"temperature": float("nan")}, "temperature: found nan"),
         ({"top_p": 0}, "top_p: found 0, but it must be over 0 and at most 1."),
         ({"top_p": "0.5"}, "top_p: found '0.5'"),

@@ -104,6 +104,20 @@ def test_ids_beyond_the_tokenizer_are_no_text():
     assert complete(model, TOKENIZER, "a", max_new_tokens=9).text == "\ufffdb"
 
 
+@pytest.mark.parametrize(
+    ("prompt", "told"),
+    [
+        (b"Es", "prompt: found bytes, but it must be a text or a row of ids"),
+        (None, "prompt: found NoneType"),
+        ([1.5], "prompt: found list"),
+        ("a\udcff", "the prompt has half a surrogate pair at character 1"),
+    ],
+)
+def test_a_prompt_that_is_none_is_told(reciter, prompt, told):
+    with pytest.raises(AssayError, match=told):
+        complete(reciter, TOKENIZER, prompt, max_new_tokens=5)
+
+
 def test_an_empty_stop_string_is_refused(reciter):
     with pytest.raises(AssayError, match="stop: found an empty string"):
         complete(reciter, TOKENIZER, "a", max_new_tokens=5, stop=["x", ""])

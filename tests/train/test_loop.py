@@ -10,7 +10,7 @@ import assay
 import assay.api
 from assay.errors import AssayError
 from assay.spec.run import BudgetSpec
-from assay.train import loop
+from assay.train import loop, plot
 from assay.train.checkpoint import Checkpoints
 from assay.train.loop import read_run, train
 from assay.train.progress import Reporter, Silent
@@ -147,6 +147,15 @@ def test_where_no_folder_can_be(run, tmp_path):
         train(run, file / "x")
     with pytest.raises(AssayError, match="stop_at: found -1"):
         train(run, tmp_path / "out", stop_at=-1)
+
+
+def test_held_out_text_of_no_bytes_is_drawn_without_them(tmp_path):
+    lines = [
+        {"step": 1, "tokens": 4, "loss": 1.0, "loss_window": 1.0, "bpb": 2.0},
+        {"step": 1, "val_loss": 1.0, "val_bpb": None},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert plot.plot_losses(tmp_path, title="run").is_file()
 
 
 def test_no_memory_is_a_sentence_that_names_ways_out(run, tmp_path, monkeypatch):

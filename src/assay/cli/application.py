@@ -13,6 +13,7 @@ from assay.errors import AssayError
 app = typer.Typer(
     name="assay",
     help="Decide which transformer to train: describe, train, compare, plan.",
+    epilog="With any command, --debug shows where an error came from.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="markdown",

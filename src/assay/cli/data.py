@@ -1,5 +1,6 @@
 """Corpora made ready for training."""
 
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -84,7 +85,7 @@ def prepare(
             "tokens": f"{short(manifest['tokens'])} ({manifest['dtype']}, {manifest['format']})",
             "tokenizer": f"{about['kind']}, {about['vocab_size']:,} ids ({about['file']})",
             "time": f"{seconds:.1f} s",
-            "next": f"assay train PRESET --data {folder}",
+            "next": f"assay train PRESET --data {shlex.quote(str(folder))}",
         }
         for name, value in rows.items():
             table.add_row(name, escape(value))

@@ -42,9 +42,9 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 200,
     temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0)] = 1.0,
     top_k: Annotated[int | None, typer.Option(min=1)] = None,
-    top_p: Annotated[float | None, typer.Option(min=0, max=1)] = None,
+    top_p: Annotated[float | None, typer.Option(help="Over 0, at most 1.")] = None,
     min_p: Annotated[float | None, typer.Option(min=0, max=1)] = None,
-    repetition_penalty: Annotated[float, typer.Option(min=0)] = 1.0,
+    repetition_penalty: Annotated[float, typer.Option(help="Over 0; 1 is none.")] = 1.0,
     stop: Annotated[list[str] | None, typer.Option(help="Ends the text; may be repeated.")] = None,
     chat: Annotated[
         bool, typer.Option("--chat", help="The prompt is a message, in the model's own template.")
@@ -249,6 +249,8 @@ def evaluate(
         else:
             _evaluate_task(model, task, task_data, against, limit, batch_size, dtype, as_json)
         return
+    if split not in ("held-out", "train", "all"):
+        raise AssayError(f"--split: found '{split}'; legal are held-out, train, all.")
     from assay.data import corpora as files
     from assay.data import loader
     from assay.data.pairs import open_pairs
@@ -274,24 +276,16 @@ def evaluate(
             if data is not None:
                 raise
             raise error.of_run(Path(model), ", or name the corpus by --data") from None
-        if paired:
-            first, last = files.split(corpus, held_out)
-            chosen = {"held-out": last, "train": first, "all": corpus}
-            if split not in chosen:
-                raise AssayError(f"--split: found '{split}'; legal are held-out, train, all.")
-            parts.append(loader.tokenize_pairs(chosen[split], loaded.tokenizer))
+        tokenize = loader.tokenize_pairs if paired else loader.tokenize
+        if split == "all":
+            parts.append(tokenize(corpus, loaded.tokenizer))
             continue
         first, last = files.split(corpus, held_out)
-        if split == "all":
-            parts.append(loader.tokenize(corpus, loaded.tokenizer))
+        if split == "train" or paired:
+            parts.append(tokenize(first if split == "train" else last, loaded.tokenizer))
             continue
-        before = loader.tokenize(first, loaded.tokenizer)
-        if split == "train":
-            parts.append(before)
-        elif split == "held-out":
-            parts.append(loader.tokenize(last, loaded.tokenizer, int(before.ids[-1:][0])))
-        else:
-            raise AssayError(f"--split: found '{split}'; legal are held-out, train, all.")
+        before = tokenize(first, loaded.tokenizer)
+        parts.append(tokenize(last, loaded.tokenizer, int(before.ids[-1:][0])))
     packing = "pairs" if paired else run.data.packing if run is not None else "stream"
     batches = loader.evaluation_batches(parts, batch_size, window, stride, packing)
     scored = prepare(loaded.model, "int8") if dtype == "int8" else loaded.model
@@ -300,9 +294,15 @@ def evaluate(
         table = Table(box=None, show_header=False)
         table.add_column(style="bold")
         for name, value in asdict(result).items():
-            table.add_row(name, f"{value:.5g}" if isinstance(value, float) else str(value))
+            table.add_row(name, _shown(value))
         out().print(table)
     emit({"model": model, "data": sources, "split": split, **asdict(result)}, as_json)
+
+
+def _shown(value: float | int | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.5g}" if isinstance(value, float) else str(value)
 
 
 def _to_be_asked(which: str, dtype: str) -> "Loaded":

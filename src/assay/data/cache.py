@@ -33,7 +33,7 @@ def write(path: Path, content: bytes) -> None:
 
 
 def cannot_write(path: Path, error: OSError) -> AssayError:
-    return AssayError(
-        f"{path}: cannot be written ({error.strerror or error}); "
-        f"the environment variable ASSAY_CACHE names another cache folder."
-    )
+    another = ""
+    if path.absolute().is_relative_to(folder().absolute()):
+        another = "; the environment variable ASSAY_CACHE names another cache folder"
+    return AssayError(f"{path}: cannot be written ({error.strerror or error}){another}.")

@@ -16,7 +16,7 @@ import jinja2.sandbox
 import numpy as np
 
 from assay.data.tokenizers import Tokenizer
-from assay.errors import AssayError
+from assay.errors import AssayError, check_text
 
 Message = Mapping[str, Any]
 """`role` (system, user, assistant) and `content`, a text."""
@@ -97,6 +97,7 @@ def conversation(tokenizer: Tokenizer, messages: Sequence[Message], **options: A
         raise AssayError("chat: the model's tokenizer has no chat template.")
     for message in messages:
         content = str(message.get("content") or "")
+        check_text(f"chat: the {message.get('role')}'s message", content)
         for special in tokenizer.special_ids:
             if special in content:
                 raise AssayError(

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from assay.data import cache
-from assay.errors import AssayError, did_you_mean, need_extra
+from assay.errors import AssayError, check_text, did_you_mean, need_extra
 
 if TYPE_CHECKING:
     from assay.data.shards import Joined
@@ -443,9 +443,14 @@ def _record(where: str, line: str) -> Document:
     if not isinstance(record, dict):
         raise AssayError(f"{where} is {type(record).__name__}, not an object with 'text'.")
     weight = weight_of(where, record)
+    pair = "prompt" in record and "completion" in record
+    if "text" in record and pair:
+        raise AssayError(
+            f"{where} has 'text', and 'prompt' and 'completion' too; keep the one to train on."
+        )
     if "text" in record:
         parts = {"text": weight}
-    elif "prompt" in record and "completion" in record:
+    elif pair:
         parts = {"prompt": 0.0, "completion": weight}
     elif "source" in record and "target" in record:
         raise AssayError(f"{where} {_ONLY_PAIRS}")
@@ -463,18 +468,6 @@ def weight_of(where: str, record: dict[str, Any]) -> float:
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < 1e6:
         raise AssayError(f"{where}: 'weight' is {weight!r}; expected a number, 0 or more.")
     return float(weight)
-
-
-def check_text(where: str, text: Any) -> None:
-    """Raises AssayError if it is no text, or cannot be written as UTF-8."""
-    if not isinstance(text, str):
-        raise AssayError(f"{where} is {type(text).__name__}, not text.")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise AssayError(
-            f"{where} has half a surrogate pair at character {error.start}, which is not text."
-        ) from None
 
 
 def _parquet(path: Path) -> Iterator[Document]:

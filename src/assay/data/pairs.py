@@ -16,7 +16,7 @@ from typing import ClassVar, NamedTuple
 
 from assay.data import corpora
 from assay.data.corpora import Document, Segment, TextCorpus
-from assay.errors import AssayError
+from assay.errors import AssayError, check_text
 
 FILES = (".jsonl", ".tsv")
 
@@ -148,7 +148,7 @@ def _pairs(name: str, files: list[Path]) -> Iterator[Pair]:
         for where, line in corpora.lines_of(file):
             pair = read(where, line)
             for field, text in (("source", pair.source), ("target", pair.target)):
-                corpora.check_text(f"{where}: '{field}'", text)
+                check_text(f"{where}: '{field}'", text)
                 if not text:
                     raise AssayError(f"{where}: '{field}' is empty; leave the pair out.")
             empty = False

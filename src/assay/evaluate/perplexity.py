@@ -59,6 +59,11 @@ class ScoredBatches(Protocol):
     def __iter__(self) -> Iterator[Mapping[str, np.ndarray]]: ...
 
 
+_NOTHING = (
+    "evaluation: found no token to score; the held-out part is empty, or all of its weights are 0."
+)
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """Figures over a split.
@@ -111,7 +116,7 @@ def evaluate(
     unscored, unknown = batches.unscored, sum(part.unknown for part in batches.parts)
     tokens = scored + unscored
     if not tokens:
-        raise AssayError("evaluation: found no token to score; the held-out part is empty.")
+        raise AssayError(_NOTHING)
     nats += unscored * math.log(model.spec.vocab_size)
     loss = nats / tokens
     return Evaluation(
@@ -273,7 +278,7 @@ def ngram_baselines(
         bigram -= np.log(model.bigram(history, word)).sum()
         tokens += len(word)
     if not tokens:
-        raise AssayError("evaluation: found no token to score; the held-out part is empty.")
+        raise AssayError(_NOTHING)
     return Baselines(
         unigram=bits_per_byte(float(unigram), size, unknown),
         bigram=bits_per_byte(float(bigram), size, unknown),

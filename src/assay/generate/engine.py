@@ -639,7 +639,9 @@ def _checked_prompts(prompts: Sequence[Ids] | Ids, vocab_size: int) -> list[np.n
 def _checked_counts(max_new_tokens: PerRow[int], batch: int) -> np.ndarray:
     counts = np.asarray(max_new_tokens)
     if not np.issubdtype(counts.dtype, np.integer) or (counts < 1).any():
-        raise AssayError(f"max_new_tokens: found {max_new_tokens!r}, but it must be at least 1.")
+        raise AssayError(
+            f"max_new_tokens: found {max_new_tokens!r}, but it must be a whole number, at least 1."
+        )
     if counts.ndim and counts.shape != (batch,):
         raise AssayError(f"max_new_tokens: found {counts.size} values for {batch} prompts.")
     return np.broadcast_to(counts, (batch,)).astype(np.int32)

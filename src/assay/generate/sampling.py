@@ -40,12 +40,17 @@ type PerRow[T] = T | Sequence[T]
 
 
 # name -> the value that does nothing, dtype, what is legal, and that in words
-_SETTINGS = {
-    "temperature": (1.0, np.float32, lambda v: 0 <= v < np.inf, "at least 0 (0 is greedy)"),
+SETTINGS = {
+    "temperature": (1.0, np.float32, lambda v: 0 <= v < np.inf, "finite, at least 0 (0: greedy)"),
     "top_k": (0, np.int32, lambda v: 0 <= v < 2**31, "a whole number of at least 0 (0 is all)"),
     "top_p": (1.0, np.float32, lambda v: 0 < v <= 1, "over 0 and at most 1"),
     "min_p": (0.0, np.float32, lambda v: 0 <= v <= 1, "from 0 to 1"),
-    "repetition_penalty": (1.0, np.float32, lambda v: 0 < v < np.inf, "over 0 (1 is none)"),
+    "repetition_penalty": (
+        1.0,
+        np.float32,
+        lambda v: 0 < v < np.inf,
+        "finite and over 0 (1 is none)",
+    ),
     "seed": (0, np.uint32, lambda v: 0 <= v < 2**32, "a whole number from 0 to 2^32 - 1"),
 }
 
@@ -56,7 +61,7 @@ def per_row(name: str, value: PerRow, batch: int) -> np.ndarray:
     Raises:
         AssayError: if a value is out of its range, or a list has not one value a row.
     """
-    default, dtype, legal, words = _SETTINGS[name]
+    default, dtype, legal, words = SETTINGS[name]
     numbers = (int, np.integer) if np.issubdtype(dtype, np.integer) else (int, float, np.number)
     several = isinstance(value, Sequence | np.ndarray) and not isinstance(value, str)
     values = list(value) if several else [value] * batch
@@ -80,7 +85,7 @@ def rules(batch: int, *, seed: PerRow[int] = 0, **settings: PerRow[float | int |
     seeds = per_row("seed", seed, batch)
     if np.ndim(seed) == 0:
         seeds = seeds + np.arange(batch, dtype=np.uint32)
-    names = [name for name in _SETTINGS if name != "seed"]
+    names = [name for name in SETTINGS if name != "seed"]
     columns = {name: jnp.asarray(per_row(name, settings.pop(name, None), batch)) for name in names}
     if settings:
         name = next(iter(settings))

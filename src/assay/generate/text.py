@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from assay.data.tokenizers import StreamDecoder, Tokenizer
-from assay.errors import AssayError
+from assay.errors import AssayError, check_text
 from assay.generate.beams import beam_search
 from assay.generate.engine import FinishReason, Generator, Session, Timing, ready
 from assay.model.transformer import Transformer
@@ -237,10 +237,14 @@ def _encode(
     ids = []
     for prompt in prompts:
         if isinstance(prompt, str):
+            check_text("the prompt", prompt)
             tokens = tokenizer.encode(prompt) if prompt else np.zeros((0,), np.int32)
             tokens = np.concatenate([np.array(tokenizer.prefix_ids, np.int32), tokens])
         else:
-            tokens = np.asarray(prompt, np.int32)
+            tokens = np.asarray(prompt)
+            if tokens.ndim != 1 or (len(tokens) and tokens.dtype.kind not in "iu"):
+                found = type(prompt).__name__
+                raise AssayError(f"prompt: found {found}, but it must be a text or a row of ids.")
         if spec.encoder is not None and tokenizer.eos_id is not None and isinstance(prompt, str):
             tokens = np.append(tokens, tokenizer.eos_id)  # as sources end in training
         if not len(tokens):

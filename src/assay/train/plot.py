@@ -38,10 +38,11 @@ def plot_losses(
     if len(gaps) > 1 and gaps[-1] < gaps[-2]:
         training = training[:-1]  # the mean of fewer losses than the others: noise
     bits = all("bpb" in r for r in training)
-    held_out = [
-        (tokens_at[r["step"]], r["val_bpb" if bits else "val_loss"])
+    unit = "val_bpb" if bits else "val_loss"
+    held_out = [  # without bits where the held-out part has no bytes that are scored
+        (tokens_at[r["step"]], r[unit])
         for r in records
-        if "val_loss" in r and r["step"] in tokens_at
+        if r.get(unit) is not None and r["step"] in tokens_at
     ]
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     axes = figure.add_subplot()
