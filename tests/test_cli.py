@@ -522,6 +522,10 @@ def test_debug_gives_the_traceback(monkeypatch):
         cli.main()
 
 
+def test_debug_is_told_of(assay):
+    assert "--debug shows where" in assay("--help")[1]
+
+
 def test_check_says_what_it_proved(last_json):
     report = last_json("check", "mqa")
     assert report["passed"]
