@@ -472,10 +472,10 @@ def test_a_run_json_that_is_not_a_runs(assay, tmp_path, content, said):
     ],
 )
 def test_what_there_is_no_room_for_is_a_sentence(assay, monkeypatch, error, told):
-    def fails():
+    def fails(app):
         raise error
 
-    monkeypatch.setattr("assay.cli.application.app", fails)
+    monkeypatch.setattr("typer.Typer.__call__", fails)
     status, _, err = assay("generate", "mqa")
     assert (status, err) == (2, f"assay: {told}\n")
 
