@@ -1,5 +1,6 @@
 """A folder that one process at a time works in: a run's, a comparison's."""
 
+import fcntl
 import os
 import time
 from collections.abc import Iterator
@@ -17,43 +18,35 @@ PATIENCE = 10.0
 
 @contextmanager
 def held(out: Path, command: str) -> Iterator[int]:
-    """Holds the folder for this process and those that it starts, until all of them are gone.
+    """Holds the folder for this process and those that are given the descriptor.
 
-    It is made where there is none, and gone again if nothing else was put there.
+    It is made where there is none.
 
     Raises:
-        AssayError: if it is a file or cannot be made; if another, of `command`, is at work in it.
+        AssayError: if it is a file or cannot be written; if another, of `command`, works in it.
     """
-    import fcntl
-
     if out.exists() and not out.is_dir():
         raise AssayError(f"{out}: it is a file, where a folder is expected.")
-    made = not out.exists()
     try:
         out.mkdir(parents=True, exist_ok=True)
+        lock = os.open(out / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
         raise AssayError(f"{out}: the folder cannot be made ({error.strerror}).") from None
-    lock = os.open(out / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         until = time.monotonic() + PATIENCE
-        while not _locked(fcntl, lock):
+        while not _locked(lock):
             if time.monotonic() > until:
                 raise AssayError(
                     f"{out}: another {command} is at work there; wait for its end, or name another "
                     "folder."
                 )
             time.sleep(0.25)
-        try:
-            yield lock
-        finally:
-            if made and os.listdir(out) == [LOCK]:
-                (out / LOCK).unlink()
-                out.rmdir()
+        yield lock
     finally:
         os.close(lock)
 
 
-def _locked(fcntl, lock: int) -> bool:
+def _locked(lock: int) -> bool:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

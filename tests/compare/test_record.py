@@ -172,7 +172,7 @@ SECONDS = (
 def test_a_run_of_warm_up_alone_is_noted():
     said = (
         "The warm-up of {} updates (schedule.warmup) takes the whole run of 30 updates: the "
-        "learning rate does not get to its peak before the end."
+        "learning rate is not at its peak before the last of them."
     )
     longer = RUN.at("schedule.warmup", 50)
     assert only_warm_up(longer, 30) == said.format(50)

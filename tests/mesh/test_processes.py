@@ -598,3 +598,24 @@ def test_skypilot_starts_a_process_a_node():
         env=os.environ | variables, capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert shown.stdout.split() == ["10.0.0.1:8476", "2", "1"]
+
+
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (jax.errors.JaxRuntimeError("UNAVAILABLE: another task died"), True),
+        (jax.errors.JaxRuntimeError(""), True),
+        (ValueError("UNKNOWN: Gloo AllGather failed: Connection reset by peer"), True),
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes"), False),
+        (jax.errors.JaxRuntimeError("INVALID_ARGUMENT: shapes"), False),
+        (ValueError("no such thing"), False),
+        (AssayError("data: none"), False),
+    ],
+    ids=["task", "silent", "gloo", "memory", "argument", "value", "sentence"],
+)
+def test_a_process_is_lost_only_where_it_is_not_our_own_fault(monkeypatch, error, lost):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    assert (processes.another_lost(error) is not None) == lost
+    above = RuntimeError("a save failed")
+    above.__cause__ = error
+    assert (processes.another_lost(above) is not None) == lost

@@ -457,20 +457,25 @@ def test_a_mesh_and_other_kernels_do_without():
 
 
 def test_an_mkl_that_does_not_link_is_left_out(tmp_path):
+    """And is not tried again at each start."""
     code = """
 from assay.model import compiled
 compiled.mkl = lambda: ("-DMKL", "/nowhere/libmkl_core.so.2")
+run, calls = compiled.subprocess.run, []
+compiled.subprocess.run = lambda *x, **y: calls.append(x) or run(*x, **y)
 from assay.model import blas
-print(*blas.build())
+print(len(calls), *blas.build(), len(calls))
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env=os.environ | {"ASSAY_CACHE": str(tmp_path)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.stdout.startswith("True"), done.stdout
-    assert "SciPy's OpenBLAS" in done.stdout
+    for compilations in (2, 0):
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env=os.environ | {"ASSAY_CACHE": str(tmp_path)},
+            capture_output=True,
+            text=True,
+        )
+        assert done.stdout.startswith("0 True"), done.stdout
+        assert "SciPy's OpenBLAS" in done.stdout
+        assert done.stdout.split()[-1] == str(compilations)
 
 
 def test_without_a_compiler_xla_does_it(tmp_path):

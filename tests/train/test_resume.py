@@ -281,7 +281,8 @@ def test_a_folder_is_one_processes(run, tmp_path, monkeypatch):
         for resume in (False, True):
             with pytest.raises(AssayError, match="another assay train is at work there"):
                 train(run, tmp_path / "run", resume=resume)
-    assert not (tmp_path / "run").exists()
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [folders.LOCK]
+    assert train(run.at("train.budget.amount", 1), tmp_path / "run").finished  # once it is free
     (tmp_path / "file").touch()
     with pytest.raises(AssayError, match="it is a file, where a folder is expected"):
         train(run, tmp_path / "file")

@@ -109,9 +109,13 @@ def plan(
 
     def run_on(machine):
         """As it would be trained there: a preset on a CPU as it is, else one sequence a device."""
-        own, each = is_run or machine.chip.name == "cpu", {}
+        alone = machine.chip.name == "cpu" and len(machines) == 1
+        own, each = is_run or alone, {}
+        if search:  # what is not given is proposed
+            each = {"train.accumulate": 1, "mesh": {}}
         if free and (search or not own):
-            each["data.batch_size"] = machine.devices
+            parts = changes.get("train.accumulate", 1)
+            each["data.batch_size"] = machine.devices * (parts if isinstance(parts, int) else 1)
         if not own and not {"compute", "compute.dtype"} & changes.keys():
             each["compute.dtype"] = "bfloat16"
         run = run_of(model, each | changes)
@@ -233,7 +237,7 @@ def _what_would_fit(run, machine, mesh) -> str:
     if best.fits and length < data.seq_len:
         return f"{sentence}. {length:,} tokens would fit; or take more chips."
     if best.fits:
-        return f"{sentence}: take a smaller batch."
+        return f"{sentence}: take a smaller batch, or one that meshes and parts divide."
     return f"{sentence}: take more chips, or larger ones."
 
 

@@ -157,17 +157,18 @@ def _configure(preset: str | None, changes: dict[str, Any], resumed: Path | None
         return untrained(preset).changed(changes)
 
     from assay.spec.base import differences
-    from assay.spec.run import RESUMABLE
+    from assay.spec.run import resumable
     from assay.train.loop import read_run
 
     held = read_run(resumed)
     begun = None if preset is None else untrained(preset)
-    if begun is not None and begun.preset != held.preset:
+    is_file = preset is not None and Path(preset).is_file()
+    if begun is not None and not is_file and begun.preset != held.preset:
         raise AssayError(
             f"{resumed}: it holds a run of {_what(held)}, not of '{preset}'; "
             f"--resume goes on with what is there."
         )
-    if begun is not None and begun.preset is None:
+    if is_file:
         model = begun.changed(changes).model.with_vocab(held.model.vocab_size)
         if found := differences(held.model, model):
             path, before, after = found[0]
@@ -176,7 +177,7 @@ def _configure(preset: str | None, changes: dict[str, Any], resumed: Path | None
                 f"{before} there, {after} here); --resume goes on with what is there."
             )
     for path, value in changes.items():
-        if path.startswith(RESUMABLE) or (wanted := held.at(path, value)) == held:
+        if resumable(path) or (wanted := held.at(path, value)) == held:
             continue
         found = differences(held, wanted)
         where, before, after = found[0] if len(found) == 1 else (path, *_listed(found, path))

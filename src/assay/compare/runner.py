@@ -34,7 +34,7 @@ from assay.compare.report import draw, losses_csv
 from assay.compare.results import FILE, CheckRecord, Environment, Results, RunRecord
 from assay.compare.worker import Task
 from assay.errors import AssayError, counted, need_extra
-from assay.folders import held
+from assay.folders import LOCK, held
 from assay.spec import presets
 
 # ---------------------------------------------------------------------------- the whole
@@ -191,7 +191,7 @@ def open_folder(out: Path, file: Path, plan: Plan) -> str:
                 f"name another folder by --out. A design is declared before the first run."
             )
         return text
-    if [path for path in out.iterdir() if path.name != ".lock"]:
+    if [path for path in out.iterdir() if path.name != LOCK]:
         raise AssayError(f"{out}: it is not empty and holds no comparison; name another by --out.")
     write_text(out / "experiment.toml", text)
     write_text(record, json.dumps(identity, indent=1))

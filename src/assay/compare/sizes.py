@@ -71,8 +71,12 @@ def only_warmed_up(updates: Iterable[tuple[str, RunSpec, int | None]]) -> str | 
     }
     if not found:
         return None
-    first = next(iter(found.values()))
-    return first if len(found) == len(rows) else f"{first} This is so of {', '.join(found)}."
+    of: dict[str, list[str]] = {}
+    for name, said in found.items():
+        of.setdefault(said, []).append(name)
+    if len(of) == 1 and len(found) == len(rows):
+        return next(iter(of))
+    return " ".join(f"{said} This is so of {', '.join(names)}." for said, names in of.items())
 
 
 def solve(

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from assay.errors import AssayError
+from assay.folders import LOCK, held
 from assay.spec.model import TransformerSpec
 from assay.spec.run import RunSpec
 
@@ -50,7 +51,12 @@ def _train(run: RunSpec, folder: Path) -> Answer:
 
     begun = (folder / "run.json").is_file()
     if not begun and folder.exists():  # cut off before anything was worth keeping
-        shutil.rmtree(folder)
+        with held(folder, "assay train"):
+            for path in folder.iterdir():
+                if path.is_dir():
+                    shutil.rmtree(path)
+                elif path.name != LOCK:
+                    path.unlink()
     try:
         result = train(run, folder, resume=begun)
     except DivergedError as error:

@@ -40,8 +40,10 @@ def begin(name: str) -> None:
 
 
 def _begun(name: str) -> None:
-    with contextlib.suppress(NotCompiledError):  # `library` will say it
-        _compiled(name, _linked(name)[0])
+    for libraries in _linked(name):
+        with contextlib.suppress(NotCompiledError):  # `library` will say it
+            _compiled(name, libraries)
+            return
 
 
 def library(name: str) -> ctypes.CDLL:
@@ -78,11 +80,16 @@ def _compiled(name: str, libraries: tuple[str, ...]) -> Path:
     key = hashlib.sha256(b"\0".join((source.read_bytes(), *map(str.encode, versions))))
     path = files.folder() / "native" / f"{key.hexdigest()[:32]}.so"
     headers = Path(importlib.util.find_spec("jaxlib").origin).parent / "include"
+    failed = path.with_suffix(".failed")
     try:
         with _compiling:
+            if libraries and failed.is_file():  # not tried again at each start
+                raise NotCompiledError(f"{name}.cc did not compile with {libraries[-1]}.")
             if not path.is_file():
                 _compile([compiler, *flags, "-I", str(headers), str(source), *libraries], path)
     except (OSError, subprocess.SubprocessError) as error:
+        if isinstance(error, subprocess.CalledProcessError) and libraries:
+            failed.touch()
         raise NotCompiledError(f"{name}.cc did not compile ({error}).") from error
     return path
 

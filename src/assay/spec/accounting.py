@@ -158,8 +158,8 @@ def only_warm_up(run: RunSpec, steps: int) -> str | None:
         return None
     return (
         f"The warm-up of {counted(run.schedule.warmup, 'update')} (schedule.warmup) takes the "
-        f"whole run of {counted(steps, 'update')}: the learning rate does not get to its peak "
-        f"before the end."
+        f"whole run of {counted(steps, 'update')}: the learning rate is not at its peak "
+        f"before the last of them."
     )
 
 

@@ -325,6 +325,10 @@ RESUMABLE = ("compute", "mesh", "train.checkpoint_every", "train.eval_every", "t
 """What may differ when a run goes on: none of it changes what is computed, but for rounding."""
 
 
+def resumable(path: str) -> bool:
+    return any(path == of or path.startswith(f"{of}.") for of in RESUMABLE)
+
+
 class RunSpec(Spec):
     """Everything that decides what a run computes. `run.json` holds it."""
 
@@ -345,7 +349,7 @@ class RunSpec(Spec):
         """
         run = self.replace(model=self.model.with_vocab(begun.model.vocab_size))
         found = differences(begun, run)
-        return [each for each in found if not each[0].startswith((*RESUMABLE, "preset"))]
+        return [each for each in found if each[0] != "preset" and not resumable(each[0])]
 
     @model_validator(mode="after")
     def _fits(self):

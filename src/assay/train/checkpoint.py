@@ -49,6 +49,7 @@ class Checkpoints:
     def __init__(self, folder: Path, keep: int = 2):
         self.folder = folder
         self._manager = _manager(folder, max_to_keep=keep, create=True)
+        self._waited = False
 
     def latest(self) -> int | None:
         """The step of the newest whole checkpoint."""
@@ -137,9 +138,12 @@ class Checkpoints:
 
     def _waiting(self) -> None:
         """Said beforehand: at a barrier JAX ends the process from C++, and nothing follows."""
+        if self._waited:
+            return
+        self._waited = True
         print(
-            f"assay: waiting for all processes to write a checkpoint in {self.folder}. If one was "
-            f"lost, JAX ends this one {processes.HEARTBEAT} s after with words of its own: then "
+            f"assay: a checkpoint in {self.folder} is still being written, or another process was "
+            f"lost: then JAX ends this one within {processes.HEARTBEAT} s, with words of its own; "
             f"start all of them again with --resume.",
             file=sys.stderr,
             flush=True,

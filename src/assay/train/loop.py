@@ -281,6 +281,8 @@ def _train(
                     agreement.saved()
                     log.flush()
                     _save(checkpoints, state, batches.state(), form, log)
+            if not stopped:
+                signals.release()  # what comes now acts at once, as during scoring
             log.flush(last=True)
             seconds = clock.elapsed()
             if checkpoints.latest() != step:
@@ -678,5 +680,8 @@ class _StopSignals:
             signal.default_int_handler(number, frame)
 
     def __exit__(self, *_):
-        for number, handler in self.old.items():
-            signal.signal(number, handler)
+        self.release()
+
+    def release(self) -> None:
+        while self.old:
+            signal.signal(*self.old.popitem())

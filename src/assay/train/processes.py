@@ -36,6 +36,10 @@ WAITING = 10
 """Seconds of these after which it is said what is waited for."""
 
 
+OWN_FAULT = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED")
+"""How errors of JAX's runtime begin that no other process is the cause of."""
+
+
 class LostProcessError(AssayError):
     """Another process of the run is gone: nothing can be computed, nor tidied up together."""
 
@@ -48,8 +52,11 @@ def another_lost(error: BaseException | None) -> str | None:
     if jax.process_count() == 1 or isinstance(error, AssayError):
         return None
     while error is not None:
-        if isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in str(error):
-            return str(error).splitlines()[0]
+        said = str(error)
+        if said.startswith(OWN_FAULT):
+            return None
+        if isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in said:
+            return (said.splitlines() or [type(error).__name__])[0]
         error = error.__cause__
     return None
 
@@ -105,10 +112,10 @@ def join(
             f"({error}) Name it by --coordinator HOST:PORT --processes N --process-id I."
         ) from None
     except RuntimeError as error:
-        why = str(error).splitlines()[0]
-        raise AssayError(
-            f"--coordinator {coordinator}: the processes did not meet ({why})."
-        ) from None
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        met = isinstance(error, jax.errors.JaxRuntimeError)  # else they never tried
+        what = "the processes did not meet" if met else "they cannot meet"
+        raise AssayError(f"--coordinator {coordinator}: {what} ({why}).") from None
 
 
 @contextmanager
@@ -116,9 +123,14 @@ def _meeting(coordinator: str, processes: int | None, process_id: int | None) ->
     """Tells what is waited for, and ends the process in time: JAX would abort it in C++."""
     if coordinator == "auto":
         whom, who = "the others, found by --coordinator auto", "one of those found by auto"
+        check = "that process 0's host can be reached from the others"
     else:
         whom = f"{processes} processes at {coordinator}"
         who = f"process {process_id} of {processes}"
+        check = (
+            "with the same --coordinator and each with its own --process-id, that process 0 runs "
+            "on that host, and that its port can be reached from the others"
+        )
 
     def tell() -> None:
         print(f"assay: waiting for {whom}, at most {MEETING} s.", file=sys.stderr, flush=True)
@@ -126,9 +138,7 @@ def _meeting(coordinator: str, processes: int | None, process_id: int | None) ->
     def end() -> None:
         print(
             f"assay: --coordinator {coordinator}: the processes did not meet within {MEETING} s; "
-            f"this is {who}. Check that all were started, with the same --coordinator and each "
-            f"with its own --process-id, that process 0 runs on that host, and that its port can "
-            f"be reached from the others.",
+            f"this is {who}. Check that all were started, {check}.",
             file=sys.stderr,
             flush=True,
         )
