@@ -88,7 +88,7 @@ def generate(model: "Loaded | str | Path", prompt: str, **options: Any) -> "Comp
     if loaded.model.spec.encoder is not None:
         options = {"start_token": loaded.start_token} | options
     ends = [*options.get("stop_tokens", ()), *loaded.end_tokens]
-    options = {"max_new_tokens": 200} | options | {"stop_tokens": ends}
+    options |= {"stop_tokens": ends}
     if options.get("beams") is not None:
         for name in sampling.SETTINGS:
             if name in options:

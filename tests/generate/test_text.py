@@ -5,6 +5,7 @@ from itertools import pairwise
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from assay.data.tokenizers import ByteTokenizer, IdsTokenizer
 from assay.errors import AssayError
@@ -121,3 +122,21 @@ def test_a_prompt_that_is_none_is_told(reciter, prompt, told):
 def test_an_empty_stop_string_is_refused(reciter):
     with pytest.raises(AssayError, match="stop: found an empty string"):
         complete(reciter, TOKENIZER, "a", max_new_tokens=5, stop=["x", ""])
+
+
+@pytest.mark.parametrize(("prompt", "made"), [("ab", 18), ("a" * 19, 1)])
+def test_what_nobody_asks_for_has_room_in_learned_positions(prompt, made):
+    spec = PRESETS["gpt2"].run.model.changed(
+        {
+            "vocab_size": 300,
+            "d_model": 32,
+            "context": 20,
+            "decoder.num_layers": 1,
+            "decoder.pattern.0.attention.heads": 2,
+        }
+    )
+    model = Transformer(spec, rngs=nnx.Rngs(0))
+    found = complete(model, ByteTokenizer(), prompt, seed=1)
+    assert len(found.ids) == made or found.finish_reason == "stop"
+    with pytest.raises(AssayError, match="positions end at 20; shorten it"):
+        complete(model, ByteTokenizer(), "a" * 20)

@@ -11,6 +11,7 @@ from rich.table import Table
 from assay.cli.application import Architecture, Json, Settings, app, changes_of, emit, mesh_of, out
 from assay.cli.describe import run_of
 from assay.errors import AssayError, counted, how_to_get
+from assay.spec.run import MeshSpec
 
 RUNNERS_UP = 7
 """Plans that a search shows behind the first."""
@@ -112,7 +113,7 @@ def plan(
         alone = machine.chip.name == "cpu" and len(machines) == 1
         own, each = is_run or alone, {}
         if search:  # what is not given is proposed
-            each = {"train.accumulate": 1, "mesh": {}}
+            each = {"train.accumulate": 1, "mesh": MeshSpec().model_dump()}
         if free and (search or not own):
             parts = changes.get("train.accumulate", 1)
             each["data.batch_size"] = machine.devices * (parts if isinstance(parts, int) else 1)

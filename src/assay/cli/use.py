@@ -39,7 +39,10 @@ def generate(
     prompt: Annotated[
         str, typer.Option(help="Goes in as it is; with an encoder, it is the source.")
     ] = "",
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 200,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="200 if left out, or what learned positions have room for."),
+    ] = None,
     temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0)] = 1.0,
     top_k: Annotated[int | None, typer.Option(min=1)] = None,
     top_p: Annotated[float | None, typer.Option(help="Over 0, at most 1.")] = None,

@@ -38,6 +38,9 @@ class Completion:
     score: float | None = None  # of the best beam, where there are several
 
 
+USUAL = 200
+"""Tokens that are made where nobody says how many."""
+
 Prompt = str | Sequence[int] | np.ndarray
 """A text, or its ids (a conversation's, say)."""
 
@@ -47,15 +50,16 @@ def complete(
     tokenizer: Tokenizer,
     prompt: Prompt,
     *,
-    max_new_tokens: int,
+    max_new_tokens: int | None = None,
     stop: str | Sequence[str] = (),
     **settings,
 ) -> Completion:
     """Continues a text. It goes in as it is, and ends before the document's end.
 
     With an encoder the text is the source, and its target is made; `start_token` is then the id
-    that it begins with, if not the tokenizer's own. `stop` are strings before which the text
-    ends; `settings` are those of `engine.generate`.
+    that it begins with, if not the tokenizer's own. `max_new_tokens` None is `USUAL`, or what
+    learned positions leave room for. `stop` are strings before which the text ends; `settings`
+    are those of `engine.generate`.
 
     Raises:
         AssayError: as `engine.generate`, or if the prompt is empty and the tokenizer has no id
@@ -71,14 +75,14 @@ def complete_batch(
     tokenizer: Tokenizer,
     prompts: Sequence[Prompt],
     *,
-    max_new_tokens: int | Sequence[int],
+    max_new_tokens: int | Sequence[int] | None = None,
     stop: str | Sequence[str] = (),
     **settings,
 ) -> list[Completion]:
     """`complete` for several prompts in one batch, each as if it were alone."""
     session, ids = _start(model, tokenizer, prompts, max_new_tokens, settings)
     writers = [_Writer(tokenizer, stop) for _ in prompts]
-    chunk = CHUNK if stop else int(np.max(max_new_tokens))
+    chunk = CHUNK if stop or max_new_tokens is None else int(np.max(max_new_tokens))
     _write(session, writers)
     while not session.done:
         session.advance(chunk)
@@ -96,7 +100,7 @@ def complete_by_beams(
     *,
     beams: int,
     length_penalty: float = 1.0,
-    max_new_tokens: int | Sequence[int],
+    max_new_tokens: int | Sequence[int] | None = None,
     stop: str | Sequence[str] = (),
     stop_tokens: Sequence[int] = (),
     start_token: int | None = None,
@@ -115,7 +119,7 @@ def complete_by_beams(
         ids,
         beams=beams,
         length_penalty=length_penalty,
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=_room(model.spec, ids, max_new_tokens),
         stop_tokens=[*stop_tokens, *_ends(model.spec, tokenizer)],
         **begin,
     )
@@ -148,7 +152,7 @@ def stream_text(
     tokenizer: Tokenizer,
     prompt: Prompt,
     *,
-    max_new_tokens: int,
+    max_new_tokens: int | None = None,
     stop: str | Sequence[str] = (),
     chunk: int = 1,
     **settings,
@@ -278,8 +282,18 @@ def _start(model, tokenizer, prompts, max_new_tokens, settings) -> tuple[Session
         model = Generator(model, cache_dtype=cache_dtype)
     ids, begin = _encode(model.spec, tokenizer, prompts, settings.pop("start_token", None))
     stops = [*settings.pop("stop_tokens", ()), *_ends(model.spec, tokenizer)]
-    settings |= begin
-    return model.start(ids, max_new_tokens=max_new_tokens, stop_tokens=stops, **settings), ids
+    settings |= begin | {"max_new_tokens": _room(model.spec, ids, max_new_tokens)}
+    return model.start(ids, stop_tokens=stops, **settings), ids
+
+
+def _room(spec: TransformerSpec, ids: Sequence[np.ndarray], asked):
+    """What was asked for; where nothing was, `USUAL`, or what learned positions have room for."""
+    if asked is not None:
+        return asked
+    if spec.embedding.positions.kind != "learned":
+        return USUAL
+    before = 1 if spec.encoder is not None else max(map(len, ids))
+    return max(1, min(USUAL, spec.context - before))
 
 
 def _write(session: Session, writers: Sequence[_Writer]) -> list[str]:
