@@ -486,6 +486,7 @@ def test_ctrl_c_ends_it_wherever_it_falls():
     code = """
 import gc, signal, sys
 from assay import cli
+signal.signal(signal.SIGINT, signal.default_int_handler)  # where a shell had it ignored
 def work():
     gc.callbacks.append(lambda *_: signal.raise_signal(signal.SIGINT))
     gc.collect()
