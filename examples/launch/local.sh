@@ -39,7 +39,8 @@ while ((${#left[@]})); do
     code=$?
     if ((code && !status && n > 1)); then
       again=" Start all of them again with --resume: they go on from the newest checkpoint."
-      ((code == 2)) && again=""  # what it was told cannot be done: it says why
+      # What it was told cannot be done, or there is no such command: it says why.
+      ((code == 2 || code == 126 || code == 127)) && again=""
       echo "local.sh: a process ended with status $code, so the run ends.$again" >&2
       (sleep "${GRACE:-45}"; kill -KILL "${pids[@]}") &> /dev/null &
       killer=$!

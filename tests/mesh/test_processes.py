@@ -523,7 +523,7 @@ def test_the_local_script_needs_a_number(count):
     assert "unbound" not in done.stderr
 
 
-@pytest.mark.parametrize(("status", "again"), [(2, False), (3, True)])
+@pytest.mark.parametrize(("status", "again"), [(2, False), (127, False), (3, True)])
 def test_the_local_script_says_to_resume_only_what_ran(status, again):
     done = subprocess.run(
         [LAUNCH / "local.sh", "2", "nano"], capture_output=True, text=True,
