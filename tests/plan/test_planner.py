@@ -16,7 +16,7 @@ from assay.plan.memory import serving_memory, training_memory
 from assay.plan.planner import confirmed, least, make_plan, meshes, search
 from assay.plan.roofline import LINKS, bandwidth, predict, step_time
 from assay.plan.topology import Topology, parse_topology, with_price
-from assay.plan.work import Sent, System, collective_bytes, places, step_work
+from assay.plan.work import Sent, System, collective_bytes, head_ways, places, step_work
 from assay.spec import presets
 from assay.spec.accounting import flops_per_token, parameters
 from assay.spec.model import CapacitySpec
@@ -89,6 +89,15 @@ def test_tables_that_tensor_does_not_divide_are_whole_on_each_device():
     assert training_memory(fsdp, "block").parameters == total
     even = on(run.at("model.vocab_multiple", 64), tensor=4)
     assert training_memory(even, "block").parameters == parameters(even.model).total
+
+
+def test_the_head_is_shared_where_the_vocabulary_divides_whatever_else_does_not():
+    """Of n-grams' tables the rows are others than the vocabulary's."""
+    run = presets.get("gpt2").run.changed({"model.vocab_multiple": 64, "data.batch_size": 1})
+    run = run.at("model.embedding.ngrams", {"orders": [2], "rows": 1001})
+    assert head_ways(on(run, tensor=4)) == 4
+    whole, shared = (training_memory(on(run, **mesh), "block") for mesh in ({}, {"tensor": 4}))
+    assert shared.logits == whole.logits / 4
 
 
 def test_momentum_is_a_statistic():

@@ -130,12 +130,13 @@ def plan(
     if remat is None:
         of = runs[0].compute.remat
         remat = of if of != "none" or "compute.remat" in changes else "auto"
-    held = {"batch": free, "remat": remat}
+    mesh = runs[0].mesh if "mesh" in given else None
+    held = {"batch": free, "remat": remat, "mesh": mesh}
     if "train.accumulate" in changes:
         held["parts"] = (changes["train.accumulate"],)
     if len(machines) > 1:
         plans = [
-            _on_machine(run, machine, search=search, meshed="mesh" in given, **held)
+            _on_machine(run, machine, search=search, **held)
             for run, machine in zip(runs, machines, strict=True)
         ]
         plans = planner.ranked(plans)
@@ -146,8 +147,7 @@ def plan(
 
     (machine,), (run,) = machines, runs
     if search:
-        mesh = run.mesh if "mesh" in given else None
-        plans = planner.search(run, machine, mesh=mesh, most=200, **held)
+        plans = planner.search(run, machine, most=200, **held)
         if not plans:
             raise AssayError(_what_would_fit(run, machine, mesh))
         best, others = planner.confirmed(plans) if compile else (plans[0], plans[1:])
@@ -162,17 +162,16 @@ def plan(
     emit(data, as_json)
 
 
-def _on_machine(run, machine, *, search: bool, meshed: bool, **held):
+def _on_machine(run, machine, *, search: bool, **held):
     """The best estimated plan of one machine; where a search finds none, what needs least."""
     from assay.plan import planner
 
     if not search:
         return planner.make_plan(run, machine, held["remat"], compile=False)
-    mesh = run.mesh if meshed else None
-    found = planner.search(run, machine, mesh=mesh, most=1, **held)
-    plan = found[0] if found else planner.least(run, machine, mesh)
+    found = planner.search(run, machine, most=1, **held)
+    plan = found[0] if found else planner.least(run, machine, held["mesh"])
     if plan is None:
-        raise AssayError(_what_would_fit(run, machine, mesh))
+        raise AssayError(_what_would_fit(run, machine, held["mesh"]))
     return plan
 
 
@@ -199,15 +198,15 @@ def _prices(text: str | None, names: list[str]) -> list[float | None]:
     return prices * (len(names) if len(prices) == 1 else 1)
 
 
-TIMES = {"": 1, "k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
+TIMES = {"k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
 
 
 def _tokens(text: str) -> int:
-    number, unit = text.strip(), ""
-    if number[-1:].lower() in TIMES and number[-1:]:
-        number, unit = number[:-1], number[-1].lower()
+    number, times = text, TIMES.get(text[-1:].lower())
+    if times is not None:
+        number = text[:-1]
     try:
-        tokens = float(number) * TIMES[unit]
+        tokens = float(number) * (times or 1)
     except ValueError:
         tokens = 0.0
     if not 1 <= tokens < math.inf:
@@ -346,10 +345,10 @@ def _print_training(plan, whole: int) -> None:
         size, unit = _unit(of.interval[0])
         low, high = (f"{seconds / size:,.1f}" for seconds in of.interval)
         between = f" ({low} to {high} {unit})"
-    cost = "" if of.dollars is None else f", ${of.dollars:,.0f}"
+    cost = "" if of.dollars is None else f", ${_rounded(of.dollars)}"
     out().print(
         f"{of.tokens:,} tokens: {counted(of.updates, 'update')}, {_time(of.seconds)}{between}, "
-        f"{of.device_hours:,.0f} chip-hours{cost}, updates alone"
+        f"{_rounded(of.device_hours)} chip-hours{cost}, updates alone"
     )
 
 
@@ -376,11 +375,11 @@ def _print_machines(model: str, plans, whole: int | None) -> None:
             _size(row["bytes_per_device"]),
             f"{speed.tokens_per_second:,.0f}",
             f"{speed.mfu:.0%}",
-            "-" if cost is None else f"{cost:,.0f}",
+            "-" if cost is None else _rounded(cost),
         ]
         if whole is not None:
             of = training(plan, whole)
-            cells += [_time(of.seconds), "-" if of.dollars is None else f"{of.dollars:,.0f}"]
+            cells += [_time(of.seconds), "-" if of.dollars is None else _rounded(of.dollars)]
         table.add_row(*cells, style=None if plan.fits else "red")
     console.print(table)
     for plan in plans:
@@ -394,6 +393,11 @@ def _print_machines(model: str, plans, whole: int | None) -> None:
         )
     if unpriced := [plan.topology.name for plan in plans if plan.topology.chip.price is None]:
         console.print(f"no list price of {', '.join(unpriced)}: --price gives the cost")
+
+
+def _rounded(amount: float) -> str:
+    """Dollars or hours: small ones with cents."""
+    return f"{amount:,.2f}" if amount < 100 else f"{amount:,.0f}"
 
 
 def _time(seconds: float) -> str:

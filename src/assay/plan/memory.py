@@ -14,12 +14,12 @@ from assay.plan.work import (
     attending,
     blocks_of,
     expert_parameters,
+    head_ways,
     keeps_scores,
     mesh_sizes,
     parameter_ways,
     places,
     statistics,
-    whole_tables,
 )
 from assay.spec.accounting import (
     BYTES,
@@ -73,7 +73,7 @@ def training_memory(run: RunSpec, recompute: str, system: System = ASSAY) -> Mem
     each = max(len(blocks), 1) * tensor
     experts = expert_parameters(spec) / each / mesh["expert"]
     layers = 2 * (total - expert_parameters(spec)) / each + 3 * experts
-    vocabulary = spec.padded_vocab / (1 if whole_tables(run) else tensor)
+    vocabulary = spec.padded_vocab / head_ways(run)
     return Memory(
         parameters=4 * held,
         optimizer=0 if offloaded else statistics(run),

@@ -131,8 +131,8 @@ def step_work(run: RunSpec, recompute: str, system: System = ASSAY) -> Work:
     share = 1 / mesh["tensor"]
     forward = sum(products.values())
     flops = 3 * forward + again[recompute]
-    if whole_tables(run) and not system.whole_logits:  # each device along tensor does the head's
-        flops += 3 * products["head"] * (mesh["tensor"] - 1)
+    if not system.whole_logits:  # where they do not share the head, each along tensor does it
+        flops += 3 * products["head"] * (mesh["tensor"] / head_ways(run) - 1)
     again_too = recompute in ("weights", "block")
     traffic, scores = _block_traffic(run, width, recompute, system), 0.0
     for one in chain(*attending(spec)):
@@ -213,16 +213,14 @@ class Attending:
 def attending(spec: TransformerSpec) -> tuple[tuple[Attending, ...], ...]:
     """The attentions of every block, as `blocks_of` has them."""
 
-    def of(block: BlockSpec, stack: StackSpec, source: bool) -> Iterator[Attending]:
+    def of(block: BlockSpec, stack: StackSpec) -> Iterator[Attending]:
         if block.attention is not None:
-            yield Attending(block.attention, stack.causal, source)
+            yield Attending(block.attention, stack.causal, source=stack is spec.encoder)
         if block.cross is not None:
-            yield Attending(block.cross, False, True)
+            yield Attending(block.cross, False, source=True)
 
-    encoder = () if spec.encoder is None else spec.encoder.blocks()
-    return tuple(tuple(of(block, spec.encoder, True)) for block in encoder) + tuple(
-        tuple(of(block, spec.decoder, False)) for block in spec.decoder.blocks()
-    )
+    stacks = [stack for stack in (spec.encoder, spec.decoder) if stack is not None]
+    return tuple(tuple(of(block, stack)) for stack in stacks for block in stack.blocks())
 
 
 def keeps_scores(one: Attending, run: RunSpec, system: System) -> bool:
@@ -315,8 +313,7 @@ def _head_traffic(run: RunSpec, system: System) -> float:
     """Bytes a token: logits in float32 written, read for the softmax, their gradient written."""
     if run.model.head is None:
         return 0
-    whole = system.whole_logits or whole_tables(run)
-    return 3 * 4 * run.model.padded_vocab / (1 if whole else run.mesh.tensor)
+    return 3 * 4 * run.model.padded_vocab / (1 if system.whole_logits else head_ways(run))
 
 
 def _weight_traffic(run: RunSpec, width: int) -> float:
@@ -360,6 +357,11 @@ def whole_tables(run: RunSpec) -> int:
     if spec.head is not None and not spec.head.tied:
         rows.append(spec.padded_vocab)
     return spec.d_model * sum(each for each in rows if each % run.mesh.tensor)
+
+
+def head_ways(run: RunSpec) -> int:
+    """Devices along `tensor` that share the vocabulary: all, or 1 where they do not divide it."""
+    return 1 if run.model.padded_vocab % run.mesh.tensor else run.mesh.tensor
 
 
 def expert_parameters(spec: TransformerSpec) -> int:
